@@ -1,0 +1,1 @@
+"""From an SFT source to token ids, packs and batches."""

@@ -1,0 +1,1 @@
+"""Starting stages: processes on this machine, or Slurm jobs."""

@@ -1,0 +1,1 @@
+"""Memory and layout planning, without torch."""

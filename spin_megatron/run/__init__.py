@@ -1,0 +1,1 @@
+"""What every stage shares without torch: paths, manifests, row schemas, progress and metrics."""

@@ -1,0 +1,123 @@
+"""Every path of a run directory, and nothing else knows one.
+
+    run_dir/ config.toml  run.json  run.lock  slurm/
+      data/                       prompts.parquet  held_out.parquet  report.json
+      models/theta_0/ theta_1/    Hugging Face folders
+      iter_0/ engine/  generate/shard_00000/{part_*.parquet}  pairs/  train/{reference,checkpoints}  evaluate/
+              logs/<stage>/attempt_1/rank_0.log   slurm_jobs.json
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spin_megatron.run.manifest import MANIFEST_NAME
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Paths below one run directory. Methods take the SPIN iteration t, from 0."""
+
+    root: Path
+
+    @property
+    def config_toml(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "run.lock"
+
+    @property
+    def slurm(self) -> Path:
+        return self.root / "slurm"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def prompts(self) -> Path:
+        return self.data / "prompts.parquet"
+
+    @property
+    def held_out(self) -> Path:
+        return self.data / "held_out.parquet"
+
+    @property
+    def data_report(self) -> Path:
+        return self.data / "report.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    def theta(self, iteration: int) -> Path:
+        """Folder of the export stage that makes theta_{iteration}."""
+        return self.root / "models" / f"theta_{iteration}"
+
+    def iteration(self, iteration: int) -> Path:
+        return self.root / f"iter_{iteration}"
+
+    def engine(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "engine"
+
+    def generate(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "generate"
+
+    def shard(self, iteration: int, shard: int) -> Path:
+        return self.generate(iteration) / f"shard_{shard:05d}"
+
+    def pairs(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "pairs"
+
+    def train_pairs(self, iteration: int) -> Path:
+        return self.pairs(iteration) / "train.parquet"
+
+    def held_out_pairs(self, iteration: int) -> Path:
+        return self.pairs(iteration) / "held_out.parquet"
+
+    def train_packs(self, iteration: int) -> Path:
+        return self.pairs(iteration) / "train_packs.parquet"
+
+    def held_out_packs(self, iteration: int) -> Path:
+        return self.pairs(iteration) / "held_out_packs.parquet"
+
+    def pairs_report(self, iteration: int) -> Path:
+        return self.pairs(iteration) / "report.json"
+
+    def train(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "train"
+
+    def reference(self, iteration: int) -> Path:
+        return self.train(iteration) / "reference"
+
+    def checkpoints(self, iteration: int) -> Path:
+        return self.train(iteration) / "checkpoints"
+
+    def metrics(self, iteration: int) -> Path:
+        return self.train(iteration) / "metrics.jsonl"
+
+    def stop_file(self, iteration: int) -> Path:
+        """Its existence asks the running train stage to save and leave."""
+        return self.train(iteration) / "STOP"
+
+    def evaluate(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "evaluate"
+
+    def evaluation(self, iteration: int) -> Path:
+        return self.evaluate(iteration) / "metrics.json"
+
+    def logs(self, stage: str, iteration: int | None) -> Path:
+        folder = self.root if iteration is None else self.iteration(iteration)
+        return folder / "logs" / stage
+
+    def slurm_jobs(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "slurm_jobs.json"
+
+    @staticmethod
+    def manifest(folder: Path) -> Path:
+        return folder / MANIFEST_NAME

@@ -1,0 +1,195 @@
+"""Manifests: a stage is done when, and only when, its manifest exists.
+
+A manifest names what a stage read and wrote, with digests. It is written last, so whatever has no manifest is
+unfinished work. Every file of a run is written aside, fsynced and renamed by `atomic_path`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+MANIFEST_NAME = "MANIFEST.json"
+_RECORDED_PACKAGES = ("spin-megatron", "torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "datasets", "tensorrt-llm")
+
+
+class StageIncomplete(Exception):
+    """An input is not there yet. The message names the command that completes it."""
+
+
+class StaleStage(Exception):
+    """A finished stage was made from other settings or inputs. The message is the difference, field by field."""
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file of a finished stage; path is relative to the stage's folder."""
+
+    path: str
+    num_bytes: int
+    sha256: str
+    num_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage read, wrote and ran with.
+
+    key: digest over `settings` and `inputs`; two runs with equal keys give equal outputs.
+    settings: the config values that decide the result, flat: {"objective.beta": 0.1, ...}.
+    inputs: name -> key or content digest of what was read.
+    summary: numbers for people (rows, rates, losses); never part of the key.
+    """
+
+    stage: str
+    iteration: int | None
+    shard: int | None
+    key: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: tuple[OutputFile, ...]
+    summary: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    git: str | None = None
+    host: str = ""
+    started_at: str = ""
+    finished_at: str = ""
+    schema: int = SCHEMA
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; on success fsync it and rename it to `path`, on failure remove it.
+
+    The rename is atomic on POSIX file systems, so a reader sees the old file, the new file or none, never a part.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        with open(aside, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+        _fsync_folder(path.parent)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, indented, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def digest_values(values: Any) -> str:
+    """sha256 of a JSON-serialisable value, independent of dictionary order, hex."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def stage_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """The identity of a stage's result: what it is, what decides it, what it reads."""
+    return digest_values({"stage": stage, "schema": SCHEMA, "settings": dict(settings), "inputs": dict(inputs)})
+
+
+def output_file(root: Path, path: Path, num_rows: int | None = None) -> OutputFile:
+    """Describe a finished file below `root` for the manifest."""
+    return OutputFile(str(path.relative_to(root)), path.stat().st_size, digest_file(path), num_rows)
+
+
+def installed_versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide numbers, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in _RECORDED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """Revision of the source tree this package runs from ("-dirty" when changed); None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest into the stage's folder: from this moment on the stage is done."""
+    write_json(folder / MANIFEST_NAME, dataclasses.asdict(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a stage's folder, or None when the stage is not done.
+
+    Raises:
+        ValueError: the file is there but is not a manifest of this schema.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        outputs = tuple(OutputFile(**output) for output in values.pop("outputs"))
+        manifest = Manifest(outputs=outputs, **values)
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable manifest ({error}); move it aside and rerun the stage.") from error
+    if manifest.schema != SCHEMA:
+        raise ValueError(f"{path} has manifest schema {manifest.schema}, this version reads {SCHEMA}; use the version that wrote it.")
+    return manifest
+
+
+def verify_outputs(folder: Path, manifest: Manifest, *, digests: bool = False) -> list[str]:
+    """What is wrong with the files a manifest vouches for: missing, resized or (with digests) changed. Empty: nothing."""
+    problems = []
+    for output in manifest.outputs:
+        path = folder / output.path
+        if not path.exists():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != output.num_bytes:
+            problems.append(f"{path} has {path.stat().st_size} bytes, its manifest says {output.num_bytes}")
+        elif digests and digest_file(path) != output.sha256:
+            problems.append(f"{path} does not match the sha256 in its manifest")
+    return problems
+
+
+def difference(manifest: Manifest, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+    """Lines "field: then -> now" for every setting and input that differs from what the manifest records."""
+    lines = []
+    for name, then, now in (("", manifest.settings, settings), ("input ", manifest.inputs, inputs)):
+        for field_name in sorted({*then, *now}):
+            if then.get(field_name) != now.get(field_name):
+                lines.append(f"{name}{field_name}: {then.get(field_name)!r} -> {now.get(field_name)!r}")
+    return lines

@@ -1,0 +1,139 @@
+"""Row schemas of the files between stages, and their parquet form.
+
+Each record is a frozen dataclass; its arrow schema follows from its field types, so a file and its reader cannot
+drift apart. Files are written aside, fsynced and renamed: a parquet file that exists under its name is whole.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spin_megatron.run.manifest import atomic_path
+
+TokenIds = tuple[int, ...]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. role: system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class SftExample:
+    """A conversation that ends with the human answer. Lives in memory only: prepare turns it into a PromptRow."""
+
+    example_id: str
+    messages: tuple[Message, ...]
+    source: str
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A rendered prompt x and its human answer y.
+
+    prompt_ids ends with the template's generation prompt; real_ids ends with EOS unless `truncated` cut it off.
+    """
+
+    example_id: str
+    prompt_ids: TokenIds
+    real_ids: TokenIds
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class GeneratedRow:
+    """The opponent's answer y' to one prompt. token_ids ends with EOS exactly when finish_reason is "stop"."""
+
+    example_id: str
+    token_ids: TokenIds
+    finish_reason: FinishReason
+    seed: int
+
+
+@dataclass(frozen=True)
+class SpinPair:
+    """(x, y, y'): a prompt, the human answer and the answer of the opponent of `made_in_iteration`."""
+
+    pair_id: str
+    prompt_ids: TokenIds
+    real_ids: TokenIds
+    generated_ids: TokenIds
+    made_in_iteration: int
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Whole pairs that are computed as one micro-batch of num_tokens tokens, in this order."""
+
+    pack_id: int
+    pair_ids: tuple[str, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class ReferenceScore:
+    """Log-probabilities (nats, fp32 sums over response tokens) of a pair under the reference theta_t."""
+
+    pair_id: str
+    logp_real: float
+    logp_generated: float
+    num_real: int
+    num_generated: int
+
+
+Row = TypeVar("Row", PromptRow, GeneratedRow, SpinPair, Pack, ReferenceScore)
+
+_ARROW_TYPES: dict[Any, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int64(),
+    bool: pa.bool_(),
+    float: pa.float32(),
+    TokenIds: pa.list_(pa.int32()),
+    tuple[str, ...]: pa.list_(pa.string()),
+    FinishReason: pa.string(),
+}
+
+
+def arrow_schema(row_type: type) -> pa.Schema:
+    """The arrow schema of a record type. float is stored as float32, exactly the precision of a log-prob sum."""
+    hints = get_type_hints(row_type)
+    return pa.schema([pa.field(field.name, _ARROW_TYPES[hints[field.name]], nullable=False) for field in fields(row_type)])
+
+
+def write_rows(path: Path, rows: Sequence[Row], row_type: type[Row]) -> None:
+    """Write rows to a parquet file atomically. An empty sequence makes a valid file with no rows."""
+    columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(row_type)}
+    table = pa.table(columns, schema=arrow_schema(row_type))
+    with atomic_path(path) as aside:
+        pq.write_table(table, aside)
+
+
+def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
+    """Read every row of a parquet file.
+
+    Raises:
+        ValueError: the file is corrupt, or its columns are not those of row_type; the message names the file.
+    """
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} cannot be read as parquet ({error}); remove it and rerun the stage that makes it.") from error
+    expected = arrow_schema(row_type)
+    if table.schema.names != expected.names:
+        raise ValueError(f"{path} has columns {table.schema.names}, expected {expected.names} ({row_type.__name__}).")
+    columns = [column.to_pylist() for column in table.columns]
+    return [row_type(*(tuple(value) if isinstance(value, list) else value for value in values)) for values in zip(*columns, strict=True)]
+
+
+def read_all(paths: Iterable[Path], row_type: type[Row]) -> list[Row]:
+    """Rows of several parquet files, in the order of the paths."""
+    return [row for path in paths for row in read_rows(path, row_type)]

@@ -1,0 +1,126 @@
+"""What a running stage shows and keeps: progress bars, a log file, metrics.jsonl and TensorBoard events."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from spin_megatron.run.manifest import write_text
+
+console = Console(stderr=True)
+
+
+class Advance(Protocol):
+    """Move a progress bar on; `note` replaces the text behind it."""
+
+    def __call__(self, amount: int = 1, note: str | None = None) -> None: ...
+
+
+def configure_logging(log_file: Path | None, *, show: bool = True) -> None:
+    """Send the package's log records to the terminal (show) and, appended, to a file."""
+    logger = logging.getLogger("spin_megatron")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    if show:
+        logger.addHandler(RichHandler(console=console, show_path=False, log_time_format="[%X]"))
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        file_handler = logging.FileHandler(log_file, encoding="utf-8")
+        file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(file_handler)
+
+
+@contextmanager
+def progress_bar(description: str, total: int, *, done: int = 0, show: bool = True) -> Iterator[Advance]:
+    """A progress bar on standard error; where that is no terminal, a log line at most every 30 seconds instead.
+
+    Args:
+        description: what is counted, e.g. "generate (responses)".
+        total: how many units the work has; done: how many were finished before (resume).
+        show: False on ranks other than the first.
+    """
+    if not show:
+        yield lambda amount=1, note=None: None
+    elif console.is_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(description, total=total, completed=done, note="")
+
+            def advance(amount: int = 1, note: str | None = None) -> None:
+                progress.update(task, advance=amount, **({} if note is None else {"note": note}))
+
+            yield advance
+    else:
+        yield _log_lines(description, total, done)
+
+
+def _log_lines(description: str, total: int, done: int) -> Advance:
+    logger = logging.getLogger("spin_megatron.progress")
+    state = {"done": done, "shown_at": time.monotonic()}
+
+    def advance(amount: int = 1, note: str | None = None) -> None:
+        state["done"] += amount
+        if state["done"] >= total or time.monotonic() - state["shown_at"] > 30:
+            state["shown_at"] = time.monotonic()
+            logger.info("%s: %d of %d%s", description, state["done"], total, f" ({note})" if note else "")
+
+    return advance
+
+
+class MetricsWriter:
+    """Appends one JSON object a step to metrics.jsonl (flushed each step) and the same numbers to TensorBoard.
+
+    Opening with `resume_step` drops lines of that step and later: they belong to work that was lost and is redone.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path, *, resume_step: int = 0) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < resume_step]
+            write_text(path, "".join(f"{line}\n" for line in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._events = EventFileWriter(str(tensorboard))
+        if resume_step:
+            # TensorBoard drops what earlier files say of steps from here on (SessionLog.START semantics).
+            session = SessionLog(status=SessionLog.START)
+            self._events.add_event(Event(wall_time=time.time(), step=resume_step, session_log=session))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the numbers of one step; NaN and infinities are kept as the strings JSON has no number for."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        plain = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "time": time.time(), **plain}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a metrics line; a line that was cut short belongs to no finished step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
