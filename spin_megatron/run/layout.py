@@ -98,6 +98,20 @@ class RunLayout:
     def checkpoints(self, iteration: int) -> Path:
         return self.train(iteration) / "checkpoints"
 
+    def final_weights(self, iteration: int) -> Path:
+        """Weights-only distributed checkpoint of theta_{t+1}, which export reads."""
+        return self.train(iteration) / "weights"
+
+    def probe(self, iteration: int) -> Path:
+        """Log-probabilities of a few held-out pairs under the final weights; export compares its reload with them."""
+        return self.train(iteration) / "probe.parquet"
+
+    def reference_scores(self, iteration: int) -> Path:
+        return self.reference(iteration) / "train.parquet"
+
+    def held_out_reference_scores(self, iteration: int) -> Path:
+        return self.reference(iteration) / "held_out.parquet"
+
     def metrics(self, iteration: int) -> Path:
         return self.train(iteration) / "metrics.jsonl"
 
@@ -111,9 +125,18 @@ class RunLayout:
     def evaluation(self, iteration: int) -> Path:
         return self.evaluate(iteration) / "metrics.json"
 
-    def logs(self, stage: str, iteration: int | None) -> Path:
-        folder = self.root if iteration is None else self.iteration(iteration)
-        return folder / "logs" / stage
+    def logs(self, stage: str, iteration: int, shard: int | None = None) -> Path:
+        """Folder of a stage's attempts."""
+        folder = self.iteration(iteration) / "logs" / stage
+        return folder if shard is None else folder / f"shard_{shard:05d}"
+
+    def stage_lock(self, stage: str, iteration: int, shard: int | None) -> Path:
+        name = stage if shard is None else f"{stage}_{shard:05d}"
+        return self.iteration(iteration) / "locks" / f"{name}.lock"
+
+    def redone(self, stamp: str) -> Path:
+        """Where stages that are made anew are moved aside."""
+        return self.root / "redone" / stamp
 
     def slurm_jobs(self, iteration: int) -> Path:
         return self.iteration(iteration) / "slurm_jobs.json"

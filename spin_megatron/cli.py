@@ -1,0 +1,154 @@
+"""The command line: verbs -> functions. Exit codes: 0 done, 1 a defect, 2 bad config or input, 3 incomplete input, 75 stopped on request.
+
+A verb's code is imported when the verb is called, so `--help`, `status` and `submit` answer without loading torch.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, end_with_parent
+from spin_megatron.run.manifest import StageIncomplete, StaleStage
+
+DEFECT = 1
+_STAGE_VERBS = {
+    "prepare": "render the supervised set to token ids (once a run)",
+    "export": "make theta_t as a Hugging Face folder; t is that of the theta made, 0 the base model",
+    "build-engine": "make the generation engine of theta_t",
+    "generate": "answer the prompts of one shard with theta_t",
+    "merge": "join the shards to pairs and plan the packs",
+    "train": "train theta_{t+1} against the opponent theta_t",
+    "evaluate": "score theta_{t+1} on the held-out pairs",
+}
+# Stages that poll for a stop request; the others are short, start over, and simply end on SIGTERM.
+_POLLING = ("generate", "train")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; `arguments.handler` is the function to call."""
+    parser = argparse.ArgumentParser(prog="spin-megatron", description="Self-Play Fine-Tuning (SPIN) on Megatron Core.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    check = verbs.add_parser("check", help="check a config, its model and its data, and print the line that would run")
+    check.add_argument("config", type=Path)
+    _add_overrides(check)
+    check.set_defaults(handler=_lazy("spin_megatron.launch.loop", "check"))
+
+    run = verbs.add_parser("run", help="run the whole loop on this machine; the same command again resumes it")
+    run.add_argument("target", type=Path, help="a config file, or the run directory of a started run")
+    run.add_argument("--run-dir", type=Path, help="where the run lives; default runs/NAME beside the current folder")
+    run.add_argument("--redo", metavar="STAGE:T[:SHARD]", help="first move this finished stage, and what was made from it, aside")
+    _add_overrides(run)
+    run.set_defaults(handler=_lazy("spin_megatron.launch.loop", "run"))
+
+    status = verbs.add_parser("status", help="show what is done, running and missing")
+    status.add_argument("run_dir", type=Path)
+    status.add_argument("--json", action="store_true", help="for programs")
+    status.set_defaults(handler=_lazy("spin_megatron.report.status", "command"))
+
+    for verb, text in _STAGE_VERBS.items():
+        stage = verbs.add_parser(verb, help=text)
+        stage.add_argument("--run-dir", type=Path, required=True)
+        stage.add_argument("--iteration", type=int, default=0)
+        if verb == "generate":
+            stage.add_argument("--shard", type=int, default=0)
+        _add_overrides(stage)
+        _add_rank_options(stage)
+        stage.set_defaults(handler=_run_stage, verb=verb)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", dest="overrides", metavar="SECTION.KEY=VALUE", action="append", default=[], help="override one setting; repeatable")
+
+
+def _add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """Options of verbs that run as ranks."""
+    parser.add_argument("--log-file", type=Path, help=argparse.SUPPRESS)
+
+
+def _lazy(module: str, function: str) -> Callable[[argparse.Namespace], int]:
+    """A handler that imports its module when it is called."""
+
+    def handler(arguments: argparse.Namespace) -> int:
+        import importlib
+
+        code: int = getattr(importlib.import_module(module), function)(arguments)
+        return code
+
+    return handler
+
+
+def _run_stage(arguments: argparse.Namespace) -> int:
+    """Be one rank of a stage; or, outside a launch, start the ranks the config asks for."""
+    from spin_megatron.launch import loop
+    from spin_megatron.pipeline import StageRef, execute
+
+    config, layout = loop.open_run(arguments.run_dir, arguments.overrides)
+    ref = StageRef(arguments.verb, arguments.iteration, getattr(arguments, "shard", None))
+    loop.require_in_line(config, ref)
+    if "RANK" not in os.environ:
+        return loop.launch_stage(config, layout, ref)
+    rank = int(os.environ["RANK"])
+    stop_file = layout.stop_file(ref.iteration)
+    signalled = _catch_stop_signals(polled=ref.name in _POLLING)
+    done = execute(config, layout, ref, rank=rank, stop_requested=lambda: signalled() or stop_file.exists())
+    return DONE if done else STOPPED
+
+
+def _catch_stop_signals(*, polled: bool) -> Callable[[], bool]:
+    """SIGTERM and SIGINT ask a polling stage to save and leave, and end any other; returns whether one came."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        if not polled:
+            sys.exit(STOPPED)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return lambda: bool(received)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    end_with_parent()
+    arguments = build_parser().parse_args(argv)
+    from spin_megatron.run.telemetry import configure_logging
+
+    rank = int(os.environ.get("RANK", "0"))
+    configure_logging(getattr(arguments, "log_file", None), show=rank == 0)
+    logger = logging.getLogger("spin_megatron")
+    try:
+        code: int = arguments.handler(arguments)
+        return code
+    except (ValueError, StaleStage) as error:
+        logger.error("%s", error)
+        return _defect_or(BAD_INPUT, error, logger)
+    except StageIncomplete as error:
+        logger.error("%s", error)
+        return INCOMPLETE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            logger.exception("failed")
+            return DEFECT
+        logger.error("The disk is full (%s). Free space, then run the same command again: it goes on from the last whole file.", error)
+        return INCOMPLETE
+    except Exception:
+        logger.exception("failed")
+        return DEFECT
+
+
+def _defect_or(code: int, error: Exception, logger: logging.Logger) -> int:
+    """The traceback of a refused input goes to the log file only at debug level: the message is meant to suffice."""
+    logger.debug("refused here", exc_info=error)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""The settings of a run: one TOML file, strict pydantic sections, no torch.
+
+Unknown keys are refused with their path; `--set section.key=value` is the only override. Settings that may change from
+one SPIN iteration to the next take a list whose last value repeats; `RunConfig.at(t)` gives the scalars of iteration t.
+A started run reads its frozen run.json (`RunConfig.from_json`), never the TOML again.
+"""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spin_megatron.plan.shape import ParallelLayout
+
+Value = TypeVar("Value")
+PositiveInt = Field(gt=0)
+
+
+class Section(BaseModel):
+    """A TOML table: frozen, strict types, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunSection(Section):
+    """[run]"""
+
+    name: str = "spin"
+    seed: int = Field(42, ge=0, description="every random choice of the run follows from it")
+    iterations: int = Field(3, gt=0, description="T: theta_1 ... theta_T are made")
+
+
+class ModelSection(Section):
+    """[model]: theta_0."""
+
+    path: str = Field(description="folder of a Hugging Face checkpoint (relative to the config file), or a hub name")
+    revision: str | None = Field(None, description="hub commit; required for a hub name")
+
+
+class ColumnNames(Section):
+    """[data.columns]: only where the usual names of the format do not fit."""
+
+    id: str | None = None
+    messages: str | None = None
+    system: str | None = None
+    prompt: str | None = None
+    input: str | None = None
+    response: str | None = None
+
+
+class DataSection(Section):
+    """[data]: the supervised set and how it becomes prompts and human answers."""
+
+    source: str = Field(description="a .jsonl or .parquet file or a folder of them (relative to the config file), or a hub name")
+    subset: str | None = Field(None, description="the hub's configuration name")
+    split: str = "train"
+    revision: str | None = Field(None, description="hub commit; required for a hub name")
+    format: Literal["auto", "messages", "prompt_response", "alpaca", "sharegpt"] = "auto"
+    columns: ColumnNames = ColumnNames()
+    turns: Literal["first", "last"] = Field("first", description="train on the first or on the last assistant turn of a conversation")
+    system: str | None = Field(None, description="system turn for conversations that have none; none is added when absent")
+    num_examples: int | None = Field(None, gt=0, description="nested: the 14k subset lies inside the 26k subset")
+    num_held_out: int = Field(256, gt=0, description="pairs that are never trained on")
+    max_prompt_tokens: int = Field(1024, gt=0)
+    max_response_tokens: int = Field(1024, gt=0, description="cap for human and generated answers alike, so that length does not tell them apart")
+    over_long: Literal["drop", "truncate"] = "drop"
+    deduplicate: bool = True
+    window: int | list[int] = Field(2, description="train on the pairs of this many iterations, newest included; per iteration")
+
+
+class GenerateSection(Section):
+    """[generate]: how theta_t answers."""
+
+    engine: str = "builtin"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    temperature: float = Field(1.0, ge=0, description="0 is greedy; the theory samples at 1")
+    top_k: int = Field(0, ge=0, description="0 is off")
+    top_p: float = Field(1.0, gt=0, le=1)
+    batch_size: int = Field(16, gt=0)
+    num_shards: int = Field(1, gt=0)
+    rows_per_part: int = Field(64, gt=0, description="a part file is written each time this many answers are finished")
+    options: dict[str, str | int | float | bool] = Field(default_factory=dict, description="settings of the chosen engine")
+
+
+class ObjectiveSection(Section):
+    """[objective]: the SPIN loss, equation 4.7 of the paper."""
+
+    loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
+    beta: float | list[float] = Field(0.1, description="lambda of the paper; per iteration")
+    nll_weight: float = Field(0.0, ge=0, description="weight of an added NLL term on the human answers")
+    length_normalised: bool = Field(False, description="divide log-probabilities by the answer's length; off in the paper")
+
+
+class OptimizerSection(Section):
+    """[optimizer]"""
+
+    name: Literal["adamw", "rmsprop"] = "rmsprop"
+    learning_rate: float | list[float] = Field(5e-7, description="peak; per iteration")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    rmsprop_alpha: float = Field(0.99, gt=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float | None = Field(None, gt=0, description="absent: no clipping, as in the paper's 7B runs")
+
+
+class TrainSection(Section):
+    """[train]"""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    global_batch_pairs: int = Field(64, gt=0, description="pairs an update")
+    pack_tokens: int = Field(4096, gt=0, description="tokens of a micro-batch; whole pairs are packed into it")
+    max_pairs_per_pack: int | None = Field(None, gt=0)
+    share_prompt: bool = Field(True, description="compute a pair's prompt once for both answers")
+    schedule_epochs: int | list[int] = Field(2, description="epochs the learning-rate schedule spans; per iteration")
+    stop_epoch: int | list[int] | None = Field(None, description="leave after this many epochs of the schedule; per iteration")
+    save_every_steps: int = Field(100, gt=0)
+    keep_checkpoints: int = Field(2, gt=0)
+    recompute: Literal["none", "selective", "full"] = "none"
+    distributed_optimizer: bool = True
+    max_skipped_steps: int = Field(5, gt=0, description="non-finite updates in a row after which the run stops")
+
+
+class ParallelSection(Section):
+    """[parallel]: ranks = tensor x pipeline x data x context."""
+
+    tensor: int = Field(1, gt=0)
+    pipeline: int = Field(1, gt=0)
+    data: int = Field(1, gt=0)
+    sequence: bool = False
+    context: int = Field(1, gt=0)
+    expert: int = Field(1, gt=0)
+    virtual_pipeline: int = Field(1, gt=0)
+
+    def layout(self) -> ParallelLayout:
+        return ParallelLayout(**self.model_dump())
+
+
+class EvaluateSection(Section):
+    """[evaluate]: thresholds that warn; they never change a run's result."""
+
+    max_nll_increase: float = Field(0.1, gt=0, description="nats a token, of the human answers, theta_t to theta_{t+1}")
+    max_logp_drop: float = Field(50.0, gt=0, description="nats, mean drop of log p(y) of the human answers")
+    max_accuracy: float = Field(0.99, gt=0, le=1, description="held-out accuracy above which the pairs are trivially separable")
+    lm_eval_tasks: list[str] = Field(default_factory=list, description="tasks of lm-evaluation-harness; needs the [eval] extra")
+
+
+class LaunchSection(Section):
+    """[launch]: processes on one machine."""
+
+    threads_per_process: int = Field(1, gt=0, description="OMP_NUM_THREADS of each rank")
+    shard_processes: int = Field(1, gt=0, description="generate shards that run at the same time")
+
+
+PER_ITERATION = ("data.window", "objective.beta", "optimizer.learning_rate", "train.schedule_epochs", "train.stop_epoch")
+
+
+@dataclass(frozen=True)
+class IterationConfig:
+    """The scalars of one SPIN iteration."""
+
+    iteration: int
+    window: int
+    beta: float
+    learning_rate: float
+    schedule_epochs: int
+    stop_epoch: int
+
+
+class RunConfig(Section):
+    """All sections. Build it with `load_config` or `RunConfig.from_json`."""
+
+    run: RunSection = RunSection()
+    model: ModelSection
+    data: DataSection
+    generate: GenerateSection = GenerateSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    launch: LaunchSection = LaunchSection()
+
+    @model_validator(mode="after")
+    def _check_across_fields(self) -> Self:
+        for path in PER_ITERATION:
+            section, name = path.split(".")
+            value = getattr(getattr(self, section), name)
+            values = value if isinstance(value, list) else [value]
+            if not values:
+                raise ValueError(f"{path} is an empty list; give one value, or one an iteration.")
+            for item in values:
+                if item is not None and item <= 0:
+                    raise ValueError(f"{path}={value!r} must be positive.")
+        pair_tokens = self.data.max_prompt_tokens + 2 * self.data.max_response_tokens
+        if not self.train.share_prompt:
+            pair_tokens += self.data.max_prompt_tokens
+        if self.train.pack_tokens < pair_tokens:
+            raise ValueError(
+                f"train.pack_tokens={self.train.pack_tokens} cannot hold the longest pair ({pair_tokens} tokens: data.max_prompt_tokens + "
+                "2 x data.max_response_tokens, the prompt twice without train.share_prompt); raise pack_tokens or lower the caps."
+            )
+        for iteration in range(self.run.iterations):
+            scalars = self.at(iteration)
+            if scalars.stop_epoch > scalars.schedule_epochs:
+                raise ValueError(
+                    f"train.stop_epoch={scalars.stop_epoch} is beyond train.schedule_epochs={scalars.schedule_epochs} in iteration {iteration}; "
+                    "lower stop_epoch or drop it."
+                )
+        return self
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The config of a started run, from its frozen JSON form."""
+        return cls.model_validate_json(text)
+
+    def at(self, iteration: int) -> IterationConfig:
+        """The scalars of one iteration; a list's last value repeats."""
+        schedule_epochs = _at(self.train.schedule_epochs, iteration)
+        return IterationConfig(
+            iteration=iteration,
+            window=_at(self.data.window, iteration),
+            beta=_at(self.objective.beta, iteration),
+            learning_rate=_at(self.optimizer.learning_rate, iteration),
+            schedule_epochs=schedule_epochs,
+            stop_epoch=schedule_epochs if self.train.stop_epoch is None else _at(self.train.stop_epoch, iteration),
+        )
+
+
+def _at(value: Value | list[Value], iteration: int) -> Value:
+    return value[min(iteration, len(value) - 1)] if isinstance(value, list) else value
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file, apply `section.key=value` overrides and check it.
+
+    model.path and data.source are taken relative to the file's folder when something is there, and become absolute.
+
+    Raises:
+        ValueError: the file is missing or not TOML, a key is unknown, a value has the wrong type or breaks a rule.
+            The message names the file, the key and what to do.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give the path of a TOML config, e.g. one below examples/.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}.") from error
+    for override in overrides:
+        apply_override(values, override)
+    for section, key in (("model", "path"), ("data", "source")):
+        _make_absolute(values, section, key, path.parent)
+    return validate_config(values, origin=str(path))
+
+
+def validate_config(values: dict[str, Any], *, origin: str) -> RunConfig:
+    """Check plain values against the schema; every problem is reported, with its key.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    try:
+        # JSON mode: strict types, but lists and paths need no Python-specific classes.
+        return RunConfig.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ValueError(f"{origin} is not a valid config:\n" + "\n".join(_describe(problem) for problem in error.errors())) from error
+
+
+def _describe(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        section: Any = RunConfig
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        return f"  {key}: unknown key; the keys here are {', '.join(section.model_fields)}."
+    if problem["type"] == "missing":
+        return f"  {key}: missing; add it to the config or give --set {key}=VALUE."
+    if problem["type"] == "value_error":
+        return f"  {problem['ctx']['error']}"
+    return f"  {key}: {problem['msg']} (found {problem['input']!r})."
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """`section.key=value`; value is TOML (0.1, true, [1, 2]) and otherwise a plain string."""
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or len(parts) < 2:
+        raise ValueError(f"--set {override!r} is not of the form section.key=value, e.g. --set parallel.tensor=2.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = values
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"--set {override!r}: {part!r} is a value, not a section.")
+    table[parts[-1]] = value
+
+
+def _make_absolute(values: dict[str, Any], section: str, key: str, folder: Path) -> None:
+    table = values.get(section)
+    if not isinstance(table, dict) or not isinstance(table.get(key), str):
+        return
+    local = (folder / Path(table[key]).expanduser()).resolve()
+    if local.exists() or table[key].startswith((".", "/", "~")):
+        table[key] = str(local)
+
+
+def flat_settings(config: RunConfig, sections: Sequence[str]) -> dict[str, Any]:
+    """{"section.key": value} of the named sections, for manifests and diffs."""
+    values = config.model_dump(mode="json")
+    return {f"{section}.{key}": value for section in sections for key, value in values[section].items()}

@@ -1,0 +1,139 @@
+"""Start the ranks of a stage as processes on this machine, and end them together.
+
+Rank 0 keeps the terminal (progress bars); every rank writes logs/<stage>/attempt_N/rank_R.log. A rank that fails takes the
+others down after a grace period. SIGTERM and SIGINT are passed on, so that a stage can save and leave with exit code 75.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+DONE, BAD_INPUT, INCOMPLETE, STOPPED = 0, 2, 3, 75
+GRACE_SECONDS = 20.0
+POLL_SECONDS = 0.05
+_PARENT = "SPIN_MEGATRON_PARENT_PID"
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(arguments: Sequence[str], *, world_size: int, threads: int, log_folder: Path) -> int:
+    """Run `spin-megatron ARGUMENTS` as `world_size` ranks and wait for them.
+
+    Args:
+        arguments: verb and options; `--log-file` is added for each rank.
+        threads: OMP_NUM_THREADS of each rank.
+        log_folder: logs of this stage; a new attempt_N is made below it.
+
+    Returns:
+        0 when every rank returned 0, else the exit code of the rank that failed first.
+    """
+    attempt = _new_attempt(log_folder)
+    port = _free_port()
+    processes: list[subprocess.Popen[bytes]] = []
+    with _passed_on(lambda number: _signal_all(processes, number)):
+        for rank in range(world_size):
+            log_file = attempt / f"rank_{rank}.log"
+            command = [sys.executable, "-m", "spin_megatron.cli", *arguments, "--log-file", str(log_file)]
+            environment = _environment(rank, world_size, port, threads)
+            if rank == 0:
+                processes.append(subprocess.Popen(command, env=environment))
+            else:
+                with open(log_file, "ab") as log:
+                    processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+        return _wait(processes)
+
+
+def end_with_parent() -> None:
+    """In a rank: die when the launcher dies, even by SIGKILL, so that no orphan goes on writing. Linux only."""
+    parent = os.environ.get(_PARENT)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it died before the call above
+        os._exit(1)
+
+
+def _environment(rank: int, world_size: int, port: int, threads: int) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS=str(threads),
+        TOKENIZERS_PARALLELISM="false",
+    )
+    environment[_PARENT] = str(os.getpid())
+    if sys.platform.startswith("linux"):
+        # Without it gloo looks up this machine's own name, which need not resolve.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return environment
+
+
+def _new_attempt(log_folder: Path) -> Path:
+    """Make attempt_N, N counting from 1, and point `latest` at it."""
+    log_folder.mkdir(parents=True, exist_ok=True)
+    number = 1 + sum(1 for _ in log_folder.glob("attempt_*"))
+    while True:
+        attempt = log_folder / f"attempt_{number}"
+        try:
+            attempt.mkdir()
+            break
+        except FileExistsError:
+            number += 1
+    aside = log_folder / f".latest.{os.getpid()}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(attempt.name)
+    os.replace(aside, log_folder / "latest")
+    return attempt
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; once one has failed, give the others GRACE_SECONDS to end by themselves, then end them."""
+    first_failure: int | None = None
+    deadline = 0.0
+    while any(process.poll() is None for process in processes):
+        if first_failure is None:
+            first_failure = next((process.returncode for process in processes if process.returncode), None)
+            deadline = time.monotonic() + GRACE_SECONDS
+        elif time.monotonic() > deadline:
+            _signal_all(processes, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+    codes = [process.returncode for process in processes]
+    if first_failure is None:
+        first_failure = next((code for code in codes if code), DONE)
+    # A rank that is killed while another explains a bad input is not the reason.
+    explained = [code for code in codes if code in (BAD_INPUT, INCOMPLETE)]
+    return explained[0] if explained else first_failure
+
+
+def _signal_all(processes: list[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+@contextmanager
+def _passed_on(handler: Callable[[int], None]) -> Iterator[None]:
+    """While the ranks run, SIGTERM and SIGINT reach them instead of ending the launcher."""
+    previous = {number: signal.signal(number, lambda received, frame: handler(signal.SIGTERM)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

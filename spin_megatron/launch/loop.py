@@ -1,0 +1,203 @@
+"""`spin-megatron run` and `check`: the whole loop on one machine, stage after stage, each in processes of its own."""
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from spin_megatron.config import RunConfig, apply_override, flat_settings, load_config, validate_config
+from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, launch
+from spin_megatron.pipeline import STAGES, StageName, StageRef, folder_of, line, log_folder, redo, require_current, state_of
+from spin_megatron.plan.shape import ModelShape
+from spin_megatron.run import manifest as manifests
+from spin_megatron.run.layout import RunLayout
+
+logger = logging.getLogger(__name__)
+
+# A started run may be moved to another layout or machine: these sections decide how, not what.
+CHANGEABLE = ("parallel", "launch")
+_OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped and saved its state"}
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Check everything that can be known before a stage runs, and print the line."""
+    from spin_megatron.report.overview import print_line
+
+    config = load_config(arguments.config, arguments.overrides)
+    check_config(config)
+    print_line(config)
+    return DONE
+
+
+def check_config(config: RunConfig) -> None:
+    """Check the base model's config against the parallel layout and the lengths, where the model is on this machine.
+
+    Raises:
+        ValueError: the model is not one we compute, or the layout does not divide it, or a length is beyond its context.
+    """
+    _check_addresses(config)
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        logger.info("model.path=%s is a hub name: its shape is checked when export 0 has fetched it", config.model.path)
+        return
+    shape = ModelShape.from_huggingface(folder)
+    config.parallel.layout().check(shape)
+    longest = config.data.max_prompt_tokens + config.data.max_response_tokens
+    if longest > shape.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + data.max_response_tokens = {longest} is beyond the model's {shape.max_positions} positions "
+            f"({folder}/config.json); lower one of them."
+        )
+
+
+def _check_addresses(config: RunConfig) -> None:
+    """A hub name needs a pinned revision; anything that looks like a path must be there."""
+    for name, address, revision in (("model.path", config.model.path, config.model.revision), ("data.source", config.data.source, config.data.revision)):
+        path = Path(address)
+        if path.exists():
+            continue
+        if path.is_absolute():
+            raise ValueError(f"{name}={address} does not exist; give an existing path, or a hub name with its revision.")
+        if revision is None:
+            section = name.partition(".")[0]
+            raise ValueError(f"{name}={address} is no path here, so it is a hub name, and {section}.revision is missing; pin a commit to make the run repeatable.")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start a run, or go on with it, until every stage is done."""
+    config, layout = _open_or_start(arguments)
+    if arguments.redo:
+        for ref in redo(config, layout, _parse_ref(arguments.redo)):
+            logger.info("moved aside: %s", ref)
+    refs = line(config)
+    for number, ref in enumerate(refs, start=1):
+        if ref.name == "generate" and ref.shard:
+            continue  # its siblings started with shard 0
+        group = [other for other in refs if (other.name, other.iteration) == (ref.name, ref.iteration)]
+        code = _run_group(config, layout, group, f"[{number}/{len(refs)}]")
+        if code != DONE:
+            return code
+    from spin_megatron.report.overview import print_iterations
+
+    print_iterations(config, layout)
+    return DONE
+
+
+def _run_group(config: RunConfig, layout: RunLayout, group: list[StageRef], position: str) -> int:
+    """Run one stage, or all shards of generate, some at a time."""
+    missing = []
+    for ref in group:
+        manifest = manifests.read_manifest(folder_of(layout, ref))
+        if manifest is None:
+            missing.append(ref)
+        else:
+            require_current(config, layout, ref, manifest)
+    if not missing:
+        logger.info("%s %s: done before", position, group[0])
+        return DONE
+    logger.info("%s %s", position, ", ".join(str(ref) for ref in missing))
+    with ThreadPoolExecutor(max_workers=1 if len(missing) == 1 else config.launch.shard_processes) as pool:
+        codes = list(pool.map(lambda ref: launch_stage(config, layout, ref), missing))
+    failed = [(ref, code) for ref, code in zip(missing, codes, strict=True) if code != DONE]
+    for ref, code in failed:
+        logger.error("%s %s (exit code %d); log: %s", ref, _OUTCOMES.get(code, "failed"), code, log_folder(layout, ref) / "latest" / "rank_0.log")
+    return failed[0][1] if failed else DONE
+
+
+def launch_stage(config: RunConfig, layout: RunLayout, ref: StageRef) -> int:
+    """Start the ranks of one stage on this machine and wait for them."""
+    shard = [] if ref.shard is None else ["--shard", str(ref.shard)]
+    changes = [option for change in _changes(config, layout) for option in ("--set", change)]
+    return launch(
+        [ref.name, "--run-dir", str(layout.root), "--iteration", str(ref.iteration), *shard, *changes],
+        world_size=config.parallel.layout().world_size if STAGES[ref.name].distributed else 1,
+        threads=config.launch.threads_per_process,
+        log_folder=log_folder(layout, ref),
+    )
+
+
+def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, RunLayout]:
+    """The frozen config and the paths of a started run. `overrides` may change only how it runs, not what it computes.
+
+    Raises:
+        ValueError: no run was started there, or an override would change its result.
+    """
+    layout = RunLayout(run_dir.resolve())
+    if not layout.run_json.exists():
+        raise ValueError(f"{run_dir} is not a run directory (no run.json); start one with: spin-megatron run CONFIG --run-dir {str(run_dir)!r}")
+    return _with_changes(RunConfig.from_json(layout.run_json.read_text(encoding="utf-8")), overrides), layout
+
+
+def _changes(config: RunConfig, layout: RunLayout) -> list[str]:
+    """The --set options that turn the frozen config into this one."""
+    frozen, _ = open_run(layout.root)
+    then, now = flat_settings(frozen, CHANGEABLE), flat_settings(config, CHANGEABLE)
+    return [f"{name}={json.dumps(value)}" for name, value in now.items() if value != then[name]]
+
+
+def _open_or_start(arguments: argparse.Namespace) -> tuple[RunConfig, RunLayout]:
+    if arguments.target.is_dir():
+        return open_run(arguments.target, arguments.overrides)
+    config = load_config(arguments.target, arguments.overrides)
+    root = arguments.run_dir or Path("runs") / config.run.name
+    layout = RunLayout(root.resolve())
+    if layout.run_json.exists():
+        frozen, _ = open_run(root)
+        return _same_run(frozen, config, layout), layout
+    check_config(config)
+    layout.root.mkdir(parents=True, exist_ok=True)
+    manifests.write_text(layout.config_toml, arguments.target.read_text(encoding="utf-8"))
+    manifests.write_text(layout.run_json, config.model_dump_json(indent=2) + "\n")
+    logger.info("started the run %s", layout.root)
+    return config, layout
+
+
+def _same_run(frozen: RunConfig, config: RunConfig, layout: RunLayout) -> RunConfig:
+    """The frozen config with this call's layout; anything else that differs is refused."""
+    then, now = frozen.model_dump(mode="json"), config.model_dump(mode="json")
+    differing = [
+        f"{section}.{key}: {then[section][key]!r} -> {now[section][key]!r}"
+        for section in now
+        if section not in CHANGEABLE
+        for key in now[section]
+        if then[section].get(key) != now[section][key]
+    ]
+    if differing:
+        lines = "\n  ".join(differing)
+        raise ValueError(f"{layout.root} was started with other settings:\n  {lines}\nUse another --run-dir, or restore the settings.")
+    return frozen.model_copy(update={section: getattr(config, section) for section in CHANGEABLE})
+
+
+def _with_changes(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Apply --set to a started run: only how it runs may change."""
+    if not overrides:
+        return config
+    values = config.model_dump(mode="json")
+    for override in overrides:
+        section = override.partition(".")[0]
+        if section not in CHANGEABLE:
+            raise ValueError(f"--set {override!r}: a started run keeps its settings; only {' and '.join(CHANGEABLE)} may change.")
+        apply_override(values, override)
+    return validate_config(values, origin="the started run with --set")
+
+
+def _parse_ref(text: str) -> StageRef:
+    name, *numbers = text.split(":")
+    if name not in STAGES or not 1 <= len(numbers) <= 2 or not all(number.isdigit() for number in numbers):
+        raise ValueError(f"--redo {text!r} is not STAGE:ITERATION[:SHARD] with a stage of {', '.join(STAGES)}; for example train:1.")
+    stage: StageName = name  # type: ignore[assignment]  # checked against STAGES above
+    return StageRef(stage, *(int(number) for number in numbers))
+
+
+def require_in_line(config: RunConfig, ref: StageRef) -> None:
+    """Check that a stage belongs to the run.
+
+    Raises:
+        ValueError: its iteration or shard is beyond the run's.
+    """
+    if ref not in line(config):
+        shards = f" and shards 0 to {config.generate.num_shards - 1}" if ref.name == "generate" else ""
+        iterations = sorted({other.iteration for other in line(config) if other.name == ref.name})
+        raise ValueError(f"this run has no stage {ref}; {ref.name} has iterations {iterations[0]} to {iterations[-1]}{shards}.")

@@ -1,0 +1,297 @@
+"""The line of stages: what each needs and makes, whether it must run, and the manifests that say it is done.
+
+    export theta_0 -> prepare -> for each t: build-engine -> generate shards -> merge -> train -> export theta_{t+1} -> evaluate
+
+A stage is done exactly when its manifest exists. This module is the only writer of manifests. It imports no torch:
+a stage's module is imported when the stage runs.
+"""
+
+import fcntl
+import importlib
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from spin_megatron.config import PER_ITERATION, RunConfig, flat_settings
+from spin_megatron.run import manifest as manifests
+from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.manifest import Manifest, StageIncomplete, StaleStage
+
+StageName = Literal["export", "prepare", "build-engine", "generate", "merge", "train", "evaluate"]
+State = Literal["done", "stale", "ready", "waiting"]
+
+
+@dataclass(frozen=True)
+class StageRef:
+    """One stage of one iteration. For export, iteration is that of the theta it makes."""
+
+    name: StageName
+    iteration: int = 0
+    shard: int | None = None
+
+    def __str__(self) -> str:
+        shard = "" if self.shard is None else f" shard {self.shard}"
+        return f"{self.name} {self.iteration}{shard}"
+
+    def command(self, layout: RunLayout) -> str:
+        """What a person types to run exactly this stage."""
+        shard = "" if self.shard is None else f" --shard {self.shard}"
+        return f"spin-megatron {self.name} --run-dir {str(layout.root)!r} --iteration {self.iteration}{shard}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the stage table.
+
+    settings: config sections ("data") and keys ("run.seed") that decide the result; ignored: keys of those that do not.
+    folder: where its files and manifest lie.
+    needs: the stages it reads.
+    resumes: unfinished files are continued; otherwise they are removed before the stage runs.
+    distributed: runs as parallel.world_size ranks.
+    """
+
+    module: str
+    settings: tuple[str, ...]
+    folder: Callable[[RunLayout, StageRef], Path]
+    needs: Callable[[RunConfig, int], tuple[StageRef, ...]]
+    ignored: tuple[str, ...] = ()
+    resumes: bool = False
+    distributed: bool = False
+
+
+def _export_needs(config: RunConfig, iteration: int) -> tuple[StageRef, ...]:
+    return (StageRef("train", iteration - 1),) if iteration else ()
+
+
+def _generate_needs(config: RunConfig, iteration: int) -> tuple[StageRef, ...]:
+    return (StageRef("prepare"), StageRef("build-engine", iteration), StageRef("export", iteration))
+
+
+def _merge_needs(config: RunConfig, iteration: int) -> tuple[StageRef, ...]:
+    shards = tuple(StageRef("generate", iteration, shard) for shard in range(config.generate.num_shards))
+    window = config.at(iteration).window
+    earlier = tuple(StageRef("merge", earlier) for earlier in range(max(0, iteration - window + 1), iteration))
+    return (StageRef("prepare"), *shards, *earlier)
+
+
+def _evaluate_needs(config: RunConfig, iteration: int) -> tuple[StageRef, ...]:
+    return (StageRef("merge", iteration), StageRef("train", iteration), StageRef("export", iteration + 1))
+
+
+_ENGINE_SETTINGS = ("generate.engine", "generate.dtype", "generate.options", "data.max_prompt_tokens", "data.max_response_tokens")
+
+STAGES: dict[StageName, Stage] = {
+    "export": Stage(
+        "export", ("model", "train.dtype"), lambda layout, ref: layout.theta(ref.iteration), _export_needs
+    ),
+    "prepare": Stage(
+        "prepare", ("run.seed", "data"), lambda layout, ref: layout.data, lambda config, t: (StageRef("export", 0),), ignored=("data.window",)
+    ),
+    "build-engine": Stage(
+        "build_engine", _ENGINE_SETTINGS, lambda layout, ref: layout.engine(ref.iteration), lambda config, t: (StageRef("prepare"), StageRef("export", t))
+    ),
+    "generate": Stage(
+        "generate",
+        ("run.seed", "generate", "data.max_response_tokens"),
+        lambda layout, ref: layout.shard(ref.iteration, ref.shard or 0),
+        _generate_needs,
+        ignored=("generate.rows_per_part",),
+        resumes=True,
+    ),
+    "merge": Stage(
+        "merge",
+        ("run.seed", "data.window", "train.pack_tokens", "train.max_pairs_per_pack", "train.share_prompt"),
+        lambda layout, ref: layout.pairs(ref.iteration),
+        _merge_needs,
+    ),
+    "train": Stage(
+        "train",
+        ("run.seed", "objective", "optimizer", "train"),
+        lambda layout, ref: layout.train(ref.iteration),
+        lambda config, t: (StageRef("merge", t), StageRef("export", t)),
+        ignored=("train.save_every_steps", "train.keep_checkpoints", "train.recompute", "train.distributed_optimizer", "train.max_skipped_steps"),
+        resumes=True,
+        distributed=True,
+    ),
+    "evaluate": Stage(
+        "evaluate", ("objective", "evaluate", "train.dtype"), lambda layout, ref: layout.evaluate(ref.iteration), _evaluate_needs, distributed=True
+    ),
+}
+
+
+def line(config: RunConfig) -> list[StageRef]:
+    """Every stage of a run, in an order in which each comes after what it needs."""
+    refs = [StageRef("export", 0), StageRef("prepare")]
+    for t in range(config.run.iterations):
+        refs.append(StageRef("build-engine", t))
+        refs += [StageRef("generate", t, shard) for shard in range(config.generate.num_shards)]
+        refs += [StageRef("merge", t), StageRef("train", t), StageRef("export", t + 1), StageRef("evaluate", t)]
+    return refs
+
+
+def folder_of(layout: RunLayout, ref: StageRef) -> Path:
+    return STAGES[ref.name].folder(layout, ref)
+
+
+def log_folder(layout: RunLayout, ref: StageRef) -> Path:
+    """Logs of a stage's attempts; theta_{t+1} is made in iteration t."""
+    return layout.logs(ref.name, _made_in(ref), ref.shard)
+
+
+def _made_in(ref: StageRef) -> int:
+    return max(0, ref.iteration - 1) if ref.name == "export" else ref.iteration
+
+
+def settings_of(config: RunConfig, ref: StageRef) -> dict[str, Any]:
+    """The flat settings that decide a stage's result, per-iteration lists as this iteration's scalar."""
+    stage = STAGES[ref.name]
+    sections = sorted({name.partition(".")[0] for name in stage.settings})
+    flat = flat_settings(config, sections)
+    scalars = config.at(ref.iteration)
+    chosen = {}
+    for name, value in flat.items():
+        wanted = any(name == setting or name.startswith(f"{setting}.") for setting in stage.settings)
+        if wanted and name not in stage.ignored:
+            chosen[name] = getattr(scalars, name.partition(".")[2]) if name in PER_ITERATION else value
+    if ref.name == "export" and ref.iteration:
+        # A trained theta is what train wrote; the base model's address decides theta_0 alone.
+        return {name: value for name, value in chosen.items() if not name.startswith("model.")}
+    return chosen
+
+
+def inputs_of(config: RunConfig, layout: RunLayout, ref: StageRef) -> dict[str, str]:
+    """Name -> content digest of every stage this one reads.
+
+    Raises:
+        StageIncomplete: one of them is not done; the message is the command that completes it.
+    """
+    inputs = {}
+    for need in STAGES[ref.name].needs(config, ref.iteration):
+        manifest = manifests.read_manifest(folder_of(layout, need))
+        if manifest is None:
+            raise StageIncomplete(f"{ref} needs {need}, which is not complete; run: {need.command(layout)}")
+        inputs[str(need)] = manifests.digest_values([manifest.key, [(output.path, output.sha256) for output in manifest.outputs]])
+    return inputs
+
+
+def state_of(config: RunConfig, layout: RunLayout, ref: StageRef) -> State:
+    """done, stale (done from other settings or inputs), ready (may run now) or waiting (for what it needs)."""
+    manifest = manifests.read_manifest(folder_of(layout, ref))
+    try:
+        inputs = inputs_of(config, layout, ref)
+    except StageIncomplete:
+        return "waiting" if manifest is None else "stale"
+    if manifest is None:
+        return "ready"
+    return "done" if manifest.key == manifests.stage_key(ref.name, settings_of(config, ref), inputs) else "stale"
+
+
+def require_current(config: RunConfig, layout: RunLayout, ref: StageRef, manifest: Manifest) -> None:
+    """Check that a finished stage was made from these settings and inputs and that its files are still there.
+
+    Raises:
+        StaleStage: it was not; the message is the difference, field by field.
+        ValueError: a file that its manifest vouches for is missing or changed in size.
+    """
+    settings, inputs = settings_of(config, ref), inputs_of(config, layout, ref)
+    redo = f"spin-megatron run {str(layout.root)!r} --redo {ref.name}:{ref.iteration}"
+    if manifest.key != manifests.stage_key(ref.name, settings, inputs):
+        lines = "\n  ".join(manifests.difference(manifest, settings, inputs))
+        raise StaleStage(f"{ref} was finished with other settings or inputs:\n  {lines}\nRestore them, or move it and what follows aside with: {redo}")
+    problems = manifests.verify_outputs(folder_of(layout, ref), manifest)
+    if problems:
+        raise ValueError(f"{ref} is finished, but " + "; ".join(problems) + f". Restore the file, or make it anew with: {redo}")
+
+
+def execute(config: RunConfig, layout: RunLayout, ref: StageRef, *, rank: int, stop_requested: Callable[[], bool]) -> bool:
+    """Run one stage in this process (on every rank of a distributed stage) and, on rank 0, write its manifest.
+
+    Returns:
+        True when the stage is done, False when it saved its state and left on request.
+
+    Raises:
+        StageIncomplete, StaleStage, ValueError: as above, and whatever the stage raises.
+    """
+    folder = folder_of(layout, ref)
+    manifest = manifests.read_manifest(folder)
+    if manifest is not None:
+        require_current(config, layout, ref, manifest)
+        return True
+    settings, inputs = settings_of(config, ref), inputs_of(config, layout, ref)
+    # Imported here: stages need torch, this module must not.
+    from spin_megatron.stages.context import StageContext
+
+    module = importlib.import_module(f"spin_megatron.stages.{STAGES[ref.name].module}")
+    context = StageContext(config, layout, ref.iteration, ref.shard, show=rank == 0, stop_requested=stop_requested)
+    if rank != 0:
+        return not module.run(context).stopped
+    with _only_one(layout, ref):
+        if not STAGES[ref.name].resumes:
+            _remove_contents(folder)
+        started_at = _now()
+        output = module.run(context)
+        if output.stopped:
+            return False
+        manifest = Manifest(
+            stage=ref.name,
+            iteration=ref.iteration,
+            shard=ref.shard,
+            key=manifests.stage_key(ref.name, settings, inputs),
+            settings=settings,
+            inputs=inputs,
+            outputs=tuple(manifests.output_file(folder, path, num_rows) for path, num_rows in output.files.items()),
+            summary=dict(output.summary),
+            versions=manifests.installed_versions(),
+            git=manifests.git_revision(),
+            host=socket.gethostname(),
+            started_at=started_at,
+            finished_at=_now(),
+        )
+        manifests.write_manifest(folder, manifest)
+    return True
+
+
+def redo(config: RunConfig, layout: RunLayout, chosen: StageRef) -> list[StageRef]:
+    """Move a stage and all that was made from it aside, below run_dir/redone/; returns what was moved. Nothing is deleted."""
+    moved: list[StageRef] = []
+    for ref in line(config):
+        same = (ref.name, ref.iteration) == (chosen.name, chosen.iteration) and chosen.shard in (None, ref.shard)
+        if same or any(need in moved for need in STAGES[ref.name].needs(config, ref.iteration)):
+            moved.append(ref)
+    aside = layout.redone(time.strftime("%Y%m%d-%H%M%S"))
+    for ref in moved:
+        folder = folder_of(layout, ref)
+        if folder.exists():
+            target = aside / folder.relative_to(layout.root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(folder, target)
+    return moved
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _remove_contents(folder: Path) -> None:
+    """Unfinished files of a stage that starts over are garbage."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _only_one(layout: RunLayout, ref: StageRef) -> Iterator[None]:
+    """Hold the stage's lock file; the kernel releases it when this process ends, however it ends."""
+    path = layout.stage_lock(ref.name, _made_in(ref), ref.shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageIncomplete(f"{ref} is being run by another process (lock {path}); wait for it, or stop it, and run again.") from None
+        yield
