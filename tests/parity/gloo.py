@@ -1,0 +1,133 @@
+"""Run a function on several ranks, each a fresh process, and collect what every rank returns.
+
+The ranks find each other through the same environment variables a launcher sets, so the code under test starts its
+process groups as in production. Every rank's traceback is shown; a rank that hangs says where, and is killed.
+"""
+
+import ctypes
+import faulthandler
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+GRACE_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+class RankFailure(AssertionError):
+    """Some rank raised, died or did not return in time. The message holds every rank's traceback."""
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Call function(*args) on `world_size` ranks.
+
+    Args:
+        function: importable (top level of a module); it reads its rank from RANK.
+        args: picklable.
+        timeout: seconds from the start until the ranks that are not done are killed.
+
+    Returns:
+        What the function returned, by rank. It must be picklable; tensors are copied.
+
+    Raises:
+        RankFailure: a rank failed or the time ran out.
+    """
+    context = multiprocessing.get_context("spawn")
+    port = _free_port()
+    processes: list[BaseProcess] = []
+    pipes: list[multiprocessing.connection.Connection] = []
+    for rank in range(world_size):
+        reader, writer = context.Pipe(duplex=False)
+        # Not daemonic: saving a distributed checkpoint starts a process of its own.
+        process = context.Process(target=_rank_main, args=(writer, function, args, rank, world_size, port, timeout, os.getpid()))
+        process.start()
+        writer.close()
+        processes.append(process)
+        pipes.append(reader)
+    try:
+        outcomes = _collect(processes, pipes, timeout)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    failures = [f"--- rank {rank} ---\n{text}" for rank, (is_done, text) in enumerate(outcomes) if not is_done]
+    if failures:
+        raise RankFailure(f"{function.__name__} failed on {len(failures)} of {world_size} ranks\n" + "\n".join(failures))
+    return [value for _, value in outcomes]
+
+
+def _rank_main(
+    writer: multiprocessing.connection.Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    port: int,
+    timeout: float,
+    parent: int,
+) -> None:
+    """A rank: set the launcher's variables, call, send (True, value) or (False, traceback) back."""
+    _end_with_parent(parent)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    if sys.platform.startswith("linux"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the machine's name, which need not resolve
+    faulthandler.dump_traceback_later(max(timeout - GRACE_SECONDS, 1.0), exit=False)
+    try:
+        # Plain pickle copies tensors; the connection's own pickler would send handles to memory that ends with this process.
+        outcome = pickle.dumps((True, function(*args)))
+    except BaseException:
+        outcome = pickle.dumps((False, traceback.format_exc()))
+    writer.send_bytes(outcome)
+    writer.close()
+
+
+def _end_with_parent(parent: int) -> None:
+    """Die with the test process, even when that is killed. Linux only."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _collect(processes: list[BaseProcess], pipes: list[multiprocessing.connection.Connection], timeout: float) -> list[tuple[bool, Any]]:
+    """Wait for every rank; after the first failure the others get GRACE_SECONDS, since they may wait for the one that failed."""
+    outcomes: dict[int, tuple[bool, Any]] = {}
+    deadline = time.monotonic() + timeout
+    while len(outcomes) < len(pipes) and time.monotonic() < deadline:
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in outcomes}
+        for ready in multiprocessing.connection.wait(list(waiting), timeout=max(deadline - time.monotonic(), 0)):
+            rank = waiting[ready]  # type: ignore[index]
+            try:
+                outcomes[rank] = pickle.loads(pipes[rank].recv_bytes())
+            except EOFError:
+                processes[rank].join()
+                outcomes[rank] = (False, f"died without a word, exit code {processes[rank].exitcode}")
+            if not outcomes[rank][0]:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+    missing = (False, f"did not return (limit {timeout:g} s, or {GRACE_SECONDS:g} s after another rank failed); killed")
+    return [outcomes.get(rank, missing) for rank in range(len(pipes))]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
