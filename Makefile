@@ -1,7 +1,7 @@
 # make quickstart   two SPIN iterations of a 135M model on this machine's CPU (about 6 minutes once installed)
 # make test         the test suite
 # make lint         ruff, mypy and, where it is installed, shellcheck
-# make clean        remove what these made: .venv, assets, runs and caches
+# make clean        remove what these made: .venv, assets, the quickstart run and caches
 #
 # Needs Python 3.11 or later with venv, make and git; the network only to install Python packages.
 #   PYTHON=python3.12 make test        another interpreter
@@ -58,5 +58,5 @@ lint: $(STAMP)
 	else echo "shellcheck is not installed: shell scripts unchecked (Debian and Ubuntu: apt-get install shellcheck)"; fi
 
 clean:
-	rm -rf $(VENV) assets runs build spin_megatron.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) assets $(QUICKSTART_RUN) build spin_megatron.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
