@@ -64,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--set", dest="overrides", metavar="SECTION.KEY=VALUE", action="append", default=[], help="override one setting; repeatable")
+    parser.add_argument(
+        "--set", dest="overrides", metavar="SECTION.KEY=VALUE", action="append", default=[], help="override one setting; repeatable"
+    )
 
 
 def _add_rank_options(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +109,7 @@ def _catch_stop_signals(*, polled: bool) -> Callable[[], bool]:
 
     def note(number: int, frame: object) -> None:
         received.append(number)
+        del frame
         if not polled:
             sys.exit(STOPPED)
 

@@ -5,6 +5,7 @@ one SPIN iteration to the next take a list whose last value repeats; `RunConfig.
 A started run reads its frozen run.json (`RunConfig.from_json`), never the TOML again.
 """
 
+import difflib
 import json
 import tomllib
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class DataSection(Section):
     num_examples: int | None = Field(None, gt=0, description="nested: the 14k subset lies inside the 26k subset")
     num_held_out: int = Field(256, gt=0, description="pairs that are never trained on")
     max_prompt_tokens: int = Field(1024, gt=0)
-    max_response_tokens: int = Field(1024, gt=0, description="cap for human and generated answers alike, so that length does not tell them apart")
+    max_response_tokens: int = Field(1024, gt=0, description="one cap for y and y', so that length does not tell them apart")
     over_long: Literal["drop", "truncate"] = "drop"
     deduplicate: bool = True
     window: int | list[int] = Field(2, description="train on the pairs of this many iterations, newest included; per iteration")
@@ -210,8 +211,8 @@ class RunConfig(Section):
             scalars = self.at(iteration)
             if scalars.stop_epoch > scalars.schedule_epochs:
                 raise ValueError(
-                    f"train.stop_epoch={scalars.stop_epoch} is beyond train.schedule_epochs={scalars.schedule_epochs} in iteration {iteration}; "
-                    "lower stop_epoch or drop it."
+                    f"train.stop_epoch={scalars.stop_epoch} is beyond train.schedule_epochs={scalars.schedule_epochs} "
+                    f"in iteration {iteration}; lower stop_epoch or drop it."
                 )
         return self
 
@@ -279,7 +280,9 @@ def _describe(problem: Any) -> str:
         section: Any = RunConfig
         for part in location[:-1]:
             section = section.model_fields[part].annotation
-        return f"  {key}: unknown key; the keys here are {', '.join(section.model_fields)}."
+        close = difflib.get_close_matches(location[-1], section.model_fields, n=1)
+        hint = f"did you mean {close[0]}? The" if close else "the"
+        return f"  {key}: unknown key; {hint} keys here are {', '.join(section.model_fields)}."
     if problem["type"] == "missing":
         return f"  {key}: missing; add it to the config or give --set {key}=VALUE."
     if problem["type"] == "value_error":

@@ -65,14 +65,6 @@ class Stage:
     distributed: bool = False
 
 
-def _export_needs(config: RunConfig, iteration: int) -> tuple[StageRef, ...]:
-    return (StageRef("train", iteration - 1),) if iteration else ()
-
-
-def _generate_needs(config: RunConfig, iteration: int) -> tuple[StageRef, ...]:
-    return (StageRef("prepare"), StageRef("build-engine", iteration), StageRef("export", iteration))
-
-
 def _merge_needs(config: RunConfig, iteration: int) -> tuple[StageRef, ...]:
     shards = tuple(StageRef("generate", iteration, shard) for shard in range(config.generate.num_shards))
     window = config.at(iteration).window
@@ -80,27 +72,33 @@ def _merge_needs(config: RunConfig, iteration: int) -> tuple[StageRef, ...]:
     return (StageRef("prepare"), *shards, *earlier)
 
 
-def _evaluate_needs(config: RunConfig, iteration: int) -> tuple[StageRef, ...]:
-    return (StageRef("merge", iteration), StageRef("train", iteration), StageRef("export", iteration + 1))
-
-
 _ENGINE_SETTINGS = ("generate.engine", "generate.dtype", "generate.options", "data.max_prompt_tokens", "data.max_response_tokens")
 
 STAGES: dict[StageName, Stage] = {
     "export": Stage(
-        "export", ("model", "train.dtype"), lambda layout, ref: layout.theta(ref.iteration), _export_needs
+        "export",
+        ("model", "train.dtype"),
+        lambda layout, ref: layout.theta(ref.iteration),
+        lambda config, t: (StageRef("train", t - 1),) if t else (),
     ),
     "prepare": Stage(
-        "prepare", ("run.seed", "data"), lambda layout, ref: layout.data, lambda config, t: (StageRef("export", 0),), ignored=("data.window",)
+        "prepare",
+        ("run.seed", "data"),
+        lambda layout, ref: layout.data,
+        lambda config, t: (StageRef("export", 0),),
+        ignored=("data.window",),
     ),
     "build-engine": Stage(
-        "build_engine", _ENGINE_SETTINGS, lambda layout, ref: layout.engine(ref.iteration), lambda config, t: (StageRef("prepare"), StageRef("export", t))
+        "build_engine",
+        _ENGINE_SETTINGS,
+        lambda layout, ref: layout.engine(ref.iteration),
+        lambda config, t: (StageRef("prepare"), StageRef("export", t)),
     ),
     "generate": Stage(
         "generate",
         ("run.seed", "generate", "data.max_response_tokens"),
         lambda layout, ref: layout.shard(ref.iteration, ref.shard or 0),
-        _generate_needs,
+        lambda config, t: (StageRef("prepare"), StageRef("build-engine", t), StageRef("export", t)),
         ignored=("generate.rows_per_part",),
         resumes=True,
     ),
@@ -115,12 +113,18 @@ STAGES: dict[StageName, Stage] = {
         ("run.seed", "objective", "optimizer", "train"),
         lambda layout, ref: layout.train(ref.iteration),
         lambda config, t: (StageRef("merge", t), StageRef("export", t)),
-        ignored=("train.save_every_steps", "train.keep_checkpoints", "train.recompute", "train.distributed_optimizer", "train.max_skipped_steps"),
+        ignored=tuple(
+            f"train.{name}" for name in ("save_every_steps", "keep_checkpoints", "recompute", "distributed_optimizer", "max_skipped_steps")
+        ),
         resumes=True,
         distributed=True,
     ),
     "evaluate": Stage(
-        "evaluate", ("objective", "evaluate", "train.dtype"), lambda layout, ref: layout.evaluate(ref.iteration), _evaluate_needs, distributed=True
+        "evaluate",
+        ("objective", "evaluate", "train.dtype"),
+        lambda layout, ref: layout.evaluate(ref.iteration),
+        lambda config, t: (StageRef("merge", t), StageRef("train", t), StageRef("export", t + 1)),
+        distributed=True,
     ),
 }
 
@@ -203,7 +207,8 @@ def require_current(config: RunConfig, layout: RunLayout, ref: StageRef, manifes
     redo = f"spin-megatron run {str(layout.root)!r} --redo {ref.name}:{ref.iteration}"
     if manifest.key != manifests.stage_key(ref.name, settings, inputs):
         lines = "\n  ".join(manifests.difference(manifest, settings, inputs))
-        raise StaleStage(f"{ref} was finished with other settings or inputs:\n  {lines}\nRestore them, or move it and what follows aside with: {redo}")
+        advice = f"Restore them, or move it and what follows aside with: {redo}"
+        raise StaleStage(f"{ref} was finished with other settings or inputs:\n  {lines}\n{advice}")
     problems = manifests.verify_outputs(folder_of(layout, ref), manifest)
     if problems:
         raise ValueError(f"{ref} is finished, but " + "; ".join(problems) + f". Restore the file, or make it anew with: {redo}")
@@ -282,6 +287,19 @@ def _remove_contents(folder: Path) -> None:
     """Unfinished files of a stage that starts over are garbage."""
     if folder.exists():
         shutil.rmtree(folder)
+
+
+def is_running(layout: RunLayout, ref: StageRef) -> bool:
+    """Whether a process holds the stage's lock."""
+    path = layout.stage_lock(ref.name, _made_in(ref), ref.shard)
+    if not path.exists():
+        return False
+    with open(path, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @contextmanager

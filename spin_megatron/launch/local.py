@@ -131,7 +131,8 @@ def _signal_all(processes: list[subprocess.Popen[bytes]], number: int) -> None:
 @contextmanager
 def _passed_on(handler: Callable[[int], None]) -> Iterator[None]:
     """While the ranks run, SIGTERM and SIGINT reach them instead of ending the launcher."""
-    previous = {number: signal.signal(number, lambda received, frame: handler(signal.SIGTERM)) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, lambda received, frame: handler(signal.SIGTERM)) for number in numbers}
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spin_megatron.config import RunConfig, apply_override, flat_settings, load_config, validate_config
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, launch
-from spin_megatron.pipeline import STAGES, StageName, StageRef, folder_of, line, log_folder, redo, require_current, state_of
+from spin_megatron.pipeline import STAGES, StageName, StageRef, folder_of, line, log_folder, redo, require_current
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
@@ -54,7 +54,8 @@ def check_config(config: RunConfig) -> None:
 
 def _check_addresses(config: RunConfig) -> None:
     """A hub name needs a pinned revision; anything that looks like a path must be there."""
-    for name, address, revision in (("model.path", config.model.path, config.model.revision), ("data.source", config.data.source, config.data.revision)):
+    model, data = config.model, config.data
+    for name, address, revision in (("model.path", model.path, model.revision), ("data.source", data.source, data.revision)):
         path = Path(address)
         if path.exists():
             continue
@@ -62,7 +63,10 @@ def _check_addresses(config: RunConfig) -> None:
             raise ValueError(f"{name}={address} does not exist; give an existing path, or a hub name with its revision.")
         if revision is None:
             section = name.partition(".")[0]
-            raise ValueError(f"{name}={address} is no path here, so it is a hub name, and {section}.revision is missing; pin a commit to make the run repeatable.")
+            raise ValueError(
+                f"{name}={address} is no path here, so it is a hub name, and {section}.revision is missing; "
+                "pin a commit to make the run repeatable."
+            )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -102,7 +106,8 @@ def _run_group(config: RunConfig, layout: RunLayout, group: list[StageRef], posi
         codes = list(pool.map(lambda ref: launch_stage(config, layout, ref), missing))
     failed = [(ref, code) for ref, code in zip(missing, codes, strict=True) if code != DONE]
     for ref, code in failed:
-        logger.error("%s %s (exit code %d); log: %s", ref, _OUTCOMES.get(code, "failed"), code, log_folder(layout, ref) / "latest" / "rank_0.log")
+        log_file = log_folder(layout, ref) / "latest" / "rank_0.log"
+        logger.error("%s %s (exit code %d); log: %s", ref, _OUTCOMES.get(code, "failed"), code, log_file)
     return failed[0][1] if failed else DONE
 
 
@@ -126,7 +131,8 @@ def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, R
     """
     layout = RunLayout(run_dir.resolve())
     if not layout.run_json.exists():
-        raise ValueError(f"{run_dir} is not a run directory (no run.json); start one with: spin-megatron run CONFIG --run-dir {str(run_dir)!r}")
+        start = f"spin-megatron run CONFIG --run-dir {str(run_dir)!r}"
+        raise ValueError(f"{run_dir} is not a run directory (no run.json); start one with: {start}")
     return _with_changes(RunConfig.from_json(layout.run_json.read_text(encoding="utf-8")), overrides), layout
 
 

@@ -1,10 +1,10 @@
 """Every path of a run directory, and nothing else knows one.
 
-    run_dir/ config.toml  run.json  run.lock  slurm/
-      data/                       prompts.parquet  held_out.parquet  report.json
-      models/theta_0/ theta_1/    Hugging Face folders
-      iter_0/ engine/  generate/shard_00000/{part_*.parquet}  pairs/  train/{reference,checkpoints}  evaluate/
-              logs/<stage>/attempt_1/rank_0.log   slurm_jobs.json
+run_dir/ config.toml  run.json  run.lock  slurm/
+  data/                       prompts.parquet  held_out.parquet  report.json
+  models/theta_0/ theta_1/    Hugging Face folders
+  iter_0/ engine/  generate/shard_00000/{part_*.parquet}  pairs/  train/{reference,checkpoints}  evaluate/
+          logs/<stage>/attempt_1/rank_0.log   slurm_jobs.json
 """
 
 from dataclasses import dataclass

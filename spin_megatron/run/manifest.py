@@ -19,7 +19,16 @@ from typing import Any
 
 SCHEMA = 1
 MANIFEST_NAME = "MANIFEST.json"
-_RECORDED_PACKAGES = ("spin-megatron", "torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "datasets", "tensorrt-llm")
+_RECORDED_PACKAGES = (
+    "spin-megatron",
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "tensorrt-llm",
+)
 
 
 class StageIncomplete(Exception):

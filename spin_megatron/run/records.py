@@ -4,7 +4,7 @@ Each record is a frozen dataclass; its arrow schema follows from its field types
 drift apart. Files are written aside, fsynced and renamed: a parquet file that exists under its name is whole.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -131,7 +131,8 @@ def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
     if table.schema.names != expected.names:
         raise ValueError(f"{path} has columns {table.schema.names}, expected {expected.names} ({row_type.__name__}).")
     columns = [column.to_pylist() for column in table.columns]
-    return [row_type(*(tuple(value) if isinstance(value, list) else value for value in values)) for values in zip(*columns, strict=True)]
+    make: Callable[..., Row] = row_type
+    return [make(*(tuple(value) if isinstance(value, list) else value for value in values)) for values in zip(*columns, strict=True)]
 
 
 def read_all(paths: Iterable[Path], row_type: type[Row]) -> list[Row]:

@@ -54,12 +54,22 @@ def progress_bar(description: str, total: int, *, done: int = 0, show: bool = Tr
     if not show:
         yield lambda amount=1, note=None: None
     elif console.is_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(description, total=total, completed=done, note="")
 
             def advance(amount: int = 1, note: str | None = None) -> None:
-                progress.update(task, advance=amount, **({} if note is None else {"note": note}))
+                progress.update(task, advance=amount)
+                if note is not None:
+                    progress.update(task, note=note)
 
             yield advance
     else:

@@ -1,0 +1,63 @@
+"""What `check` and `run` print: the line that will run, and a table of the iterations."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spin_megatron.config import RunConfig
+from spin_megatron.run.layout import RunLayout
+
+# (column, key in evaluate's metrics.json, format)
+EVALUATION_COLUMNS = (
+    ("held-out loss", "loss", ".4f"),
+    ("ln 2 - loss", "ln2_minus_loss", "+.4f"),
+    ("margin", "margin", "+.4f"),
+    ("accuracy", "accuracy", ".3f"),
+    ("NLL of y (nats a token)", "nll_real", ".4f"),
+    ("before", "nll_real_reference", ".4f"),
+)
+
+
+def print_line(config: RunConfig) -> None:
+    """Print the per-iteration settings of a run and its number of ranks."""
+    table = Table(title=f"{config.run.name}: {config.run.iterations} iterations on {config.parallel.layout().world_size} ranks")
+    for column in ("iteration", "pairs of iterations", "beta", "learning rate", "epochs (of schedule)"):
+        table.add_column(column)
+    for t in range(config.run.iterations):
+        scalars = config.at(t)
+        oldest = max(0, t - scalars.window + 1)
+        window = str(t) if oldest == t else f"{oldest} to {t}"
+        epochs = f"{scalars.stop_epoch} ({scalars.schedule_epochs})"
+        table.add_row(str(t), window, f"{scalars.beta:g}", f"{scalars.learning_rate:g}", epochs)
+    console = Console()
+    console.print(table)
+    console.print("The config is valid. Each iteration runs: build-engine, generate, merge, train, export, evaluate.")
+
+
+def evaluations(config: RunConfig, layout: RunLayout) -> dict[int, dict[str, Any]]:
+    """The evaluation of every iteration that has one."""
+    found = {}
+    for t in range(config.run.iterations):
+        path = layout.evaluation(t)
+        if layout.manifest(layout.evaluate(t)).exists():
+            found[t] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def print_iterations(config: RunConfig, layout: RunLayout) -> None:
+    """Print a row for each evaluated iteration, its warnings, and where the newest model lies."""
+    table = Table(title=f"{config.run.name}: theta_{{t+1}} against its opponent theta_t on held-out pairs")
+    table.add_column("iteration")
+    for column, _, _ in EVALUATION_COLUMNS:
+        table.add_column(column, justify="right")
+    warnings = []
+    for t, evaluation in evaluations(config, layout).items():
+        table.add_row(str(t), *(format(evaluation[key], pattern) for _, key, pattern in EVALUATION_COLUMNS))
+        warnings += [f"iteration {t}: {warning}" for warning in evaluation.get("warnings", [])]
+    console = Console()
+    console.print(table)
+    for warning in warnings:
+        console.print(f"[yellow]warning[/yellow] {warning}")
+    console.print(f"The new Hugging Face model: {layout.theta(config.run.iterations)}", soft_wrap=True)

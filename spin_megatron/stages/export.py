@@ -1,0 +1,115 @@
+"""export: theta_t as a Hugging Face folder, the hand-over between iterations.
+
+theta_0 is the base model: a folder of links to it, once its config, tensor names and shapes are found to be ones we
+compute. theta_t of t > 0 is written from the final weights of train t-1, reloaded with transformers and compared with the
+log-probabilities that train recorded.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from spin_megatron.convert.hf_io import HfFolder, check_tensors, model_card
+from spin_megatron.convert.torch_dist import torch_dist_to_hf
+from spin_megatron.plan.shape import ModelShape
+from spin_megatron.run.manifest import write_text
+from spin_megatron.run.records import ReferenceScore, SpinPair, read_rows
+from spin_megatron.stages.context import StageContext, StageOutput
+
+logger = logging.getLogger(__name__)
+
+# Nats a response token between Megatron Core and transformers; measured 1e-6 in fp32. In bf16 the two round differently.
+PROBE_TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.25}
+
+
+def run(context: StageContext) -> StageOutput:
+    """Make theta_{context.iteration}."""
+    folder = context.layout.theta(context.iteration)
+    summary = _link_base_model(context, folder) if context.iteration == 0 else _write_trained_model(context, folder)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return StageOutput(files=dict.fromkeys(files), summary=summary)
+
+
+def _link_base_model(context: StageContext, folder: Path) -> dict[str, Any]:
+    source = _base_folder(context.config.model.path, context.config.model.revision)
+    shape = ModelShape.from_huggingface(source)
+    context.config.parallel.layout().check(shape)
+    check_tensors(HfFolder(source), shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            (folder / path.name).symlink_to(path.resolve())
+    return {"source": str(source), "family": shape.family}
+
+
+def _base_folder(address: str, revision: str | None) -> Path:
+    """The local folder of the base model; a hub name is downloaded at its pinned revision, safetensors only."""
+    if Path(address).is_dir():
+        return Path(address)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    return Path(snapshot_download(address, revision=revision, allow_patterns=patterns))
+
+
+def _write_trained_model(context: StageContext, folder: Path) -> dict[str, Any]:
+    t = context.iteration - 1
+    source = context.layout.theta(t)
+    dtype = context.config.train.dtype
+    torch_dist_to_hf(context.layout.final_weights(t), source, folder, dtype=dtype, show=context.show)
+    write_text(folder / "README.md", model_card(_training_facts(context)))
+    largest = _largest_probe_difference(context, folder)
+    if not largest <= PROBE_TOLERANCE_NATS[dtype]:
+        raise ValueError(
+            f"theta_{context.iteration} reloaded from {folder} differs from the trained model by {largest:.3g} nats a token on the "
+            f"probe pairs, more than {PROBE_TOLERANCE_NATS[dtype]}: the export is not the model that was trained. Keep the run "
+            "directory and report this."
+        )
+    logger.info("theta_%d reloads with transformers; largest difference to the trained model %.2g nats a token", context.iteration, largest)
+    return {"dtype": dtype, "probe_nats_per_token": largest}
+
+
+def _training_facts(context: StageContext) -> dict[str, Any]:
+    config, scalars = context.config, context.config.at(context.iteration - 1)
+    return {
+        "method": "Self-Play Fine-Tuning (SPIN, arXiv 2401.01335)",
+        "base model": f"{config.model.path}" + (f" @ {config.model.revision}" if config.model.revision else ""),
+        "data": f"{config.data.source}" + (f" @ {config.data.revision}" if config.data.revision else ""),
+        "iterations done": context.iteration,
+        "loss": f"{config.objective.loss}, beta {scalars.beta:g}",
+        "optimizer": f"{config.optimizer.name}, peak learning rate {scalars.learning_rate:g}, {config.optimizer.schedule}",
+        "epochs": f"{scalars.stop_epoch} of a {scalars.schedule_epochs}-epoch schedule",
+        "pairs an update": config.train.global_batch_pairs,
+        "precision": config.train.dtype,
+        "seed": config.run.seed,
+    }
+
+
+def _largest_probe_difference(context: StageContext, folder: Path) -> float:
+    """Largest |log-prob difference| per response token between train's record and the folder reloaded by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    t = context.iteration - 1
+    pairs = {pair.pair_id: pair for pair in read_rows(context.layout.held_out_pairs(t), SpinPair)}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, context.config.train.dtype), local_files_only=True)
+    largest = 0.0
+    for score in read_rows(context.layout.probe(t), ReferenceScore):
+        pair = pairs[score.pair_id]
+        for trained, response in ((score.logp_real, pair.real_ids), (score.logp_generated, pair.generated_ids)):
+            reloaded = _log_probability(model, pair.prompt_ids, response)
+            largest = max(largest, abs(reloaded - trained) / max(1, len(response)))
+            if math.isnan(reloaded):
+                return math.nan
+    return largest
+
+
+def _log_probability(model: Any, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> float:
+    """Sum log p(response | prompt) in nats under a transformers model, fp32 sum."""
+    import torch
+
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([prompt_ids + response_ids])).logits[0].float()  # fp32: bf16 logits cost 0.2 nats a sequence
+    logp_TV = torch.log_softmax(logits_TV[len(prompt_ids) - 1 : -1], dim=-1)
+    return float(logp_TV.gather(1, torch.tensor(response_ids)[:, None]).sum())
