@@ -27,6 +27,8 @@ RUNTIME = [
     "tokenizers>=0.22",
     "torch>=2.8",
     "transformers>=5.0",
+    # megatron-core 0.19 imports it with the GPT model without declaring it; torch's CPU builds do not bring it.
+    "triton>=3.3; python_version >= '3.12' and sys_platform == 'linux'",
 ]
 
 EXTRAS = {
