@@ -1,0 +1,216 @@
+"""The one place where Megatron Core is made to run on CPU: a context manager that restores all it changed.
+
+Megatron Core (0.16.1 and 0.19.2) computes correctly on CPU with gloo; what stops it are literal `device="cuda"` arguments
+and calls into `torch.cuda` that initialise a driver. Each `Patch` names the functions that need it, and
+tests/parity/test_cpu_shim.py fails when one is no longer needed. Nothing is patched at import.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """owner.attribute is `value` while the context is open."""
+
+    owner: Any
+    attribute: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One reason Megatron Core fails on CPU.
+
+    needed_by: the Megatron Core functions that fail without it.
+    replacements: makes the replacements when the context opens (they wrap what is there at that time).
+    """
+
+    name: str
+    needed_by: str
+    replacements: Callable[[], list[Replacement]]
+
+
+@contextlib.contextmanager
+def megatron_on_cpu(patches: Sequence[Patch] | None = None) -> Iterator[None]:
+    """Let Megatron Core run on CPU tensors while the context is open; on exit every attribute is what it was.
+
+    Args:
+        patches: all of PATCHES unless a test leaves one out.
+    """
+    with contextlib.ExitStack() as changed:
+        for patch in PATCHES if patches is None else patches:
+            for replacement in patch.replacements():
+                changed.callback(_set(replacement))
+        yield
+
+
+def _set(replacement: Replacement) -> Callable[[], None]:
+    """Set the attribute; return what puts the old one back (or removes it where it was inherited)."""
+    owner, attribute = replacement.owner, replacement.attribute
+    previous = vars(owner).get(attribute, _MISSING)
+    setattr(owner, attribute, replacement.value)
+    if previous is _MISSING:
+        return functools.partial(delattr, owner, attribute)
+    return functools.partial(setattr, owner, attribute, previous)
+
+
+def _is_cuda(device: object) -> bool:
+    return device is not None and str(device).startswith("cuda")
+
+
+def _factory_on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """The tensor factory, with device="cuda" read as "cpu"."""
+
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _cuda_device_arguments() -> list[Replacement]:
+    return [Replacement(torch, name, _factory_on_cpu(getattr(torch, name))) for name in ("tensor", "zeros", "empty", "empty_like")]
+
+
+def _current_device() -> list[Replacement]:
+    return [Replacement(torch.cuda, "current_device", lambda: torch.device("cpu"))]
+
+
+def _tensor_cuda() -> list[Replacement]:
+    def stay(tensor: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return tensor
+
+    return [Replacement(torch.Tensor, "cuda", stay)]
+
+
+def _tensor_type() -> list[Replacement]:
+    original = torch.Tensor.type
+
+    def type_as_on_cuda(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original(tensor, dtype, *args, **kwargs)
+        return original(tensor).replace("torch.", "torch.cuda.", 1)
+
+    return [Replacement(torch.Tensor, "type", type_as_on_cuda)]
+
+
+def _synchronize() -> list[Replacement]:
+    def return_at_once(*_args: Any) -> None:
+        """The CPU has run what was asked of it when the call returns."""
+
+    return [Replacement(torch.cuda, "synchronize", return_at_once)]
+
+
+class _InertEvent:
+    """An event that is always past: work on the CPU is done when its call returns."""
+
+    def record(self, *_args: Any) -> None: ...
+
+    def wait(self, *_args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class _InertStream:
+    """A stream without queue: everything on it is finished."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+    def wait_stream(self, *_args: Any) -> None: ...
+
+    def wait_event(self, *_args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, *_args: Any) -> _InertEvent:
+        return _InertEvent()
+
+
+def _streams() -> list[Replacement]:
+    the_stream = _InertStream()
+    return [
+        Replacement(torch.cuda, "Stream", _InertStream),
+        Replacement(torch.cuda, "Event", _InertEvent),
+        Replacement(torch.cuda, "current_stream", lambda *_args: the_stream),
+        Replacement(torch.cuda, "default_stream", lambda *_args: the_stream),
+        Replacement(torch.cuda, "stream", lambda *_args: contextlib.nullcontext()),
+    ]
+
+
+def _random_state() -> list[Replacement]:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
+        torch.set_rng_state(new_state)
+
+    return [
+        Replacement(torch.cuda, "get_rng_state", get_state),
+        Replacement(torch.cuda.random, "get_rng_state", get_state),
+        Replacement(torch.cuda, "manual_seed", torch.manual_seed),
+        # Without a driver it queues the change for a later initialisation of CUDA, which never comes.
+        Replacement(megatron_random, "_set_cuda_rng_state", set_state),
+    ]
+
+
+def _expert_router() -> list[Replacement]:
+    from megatron.core.transformer.moe import moe_utils
+
+    # 0.16.1 reads a name that only Transformer Engine's import defines; None is what that module means by "not there".
+    return [] if hasattr(moe_utils, "te_general_gemm") else [Replacement(moe_utils, "te_general_gemm", None)]
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="device arguments",
+        needed_by="pipeline_parallel.schedules.forward_backward_* (token counter), optimizer.clip_grads.get_grad_norm_fp32",
+        replacements=_cuda_device_arguments,
+    ),
+    Patch(
+        name="current device",
+        needed_by="distributed.param_and_grad_buffer, tensor_parallel.mappings, pipeline_parallel.p2p_communication",
+        replacements=_current_device,
+    ),
+    Patch(
+        name="Tensor.cuda",
+        needed_by="LanguageModule.setup_embeddings_and_output_layer (tied embeddings, pipeline > 1)",
+        replacements=_tensor_cuda,
+    ),
+    Patch(
+        name="Tensor.type",
+        needed_by="optimizer.Float16OptimizerWithFloat16Params, DistributedOptimizer, clip_grads (they compare with a name)",
+        replacements=_tensor_type,
+    ),
+    Patch(
+        name="synchronize",
+        needed_by="pipeline_parallel.p2p_communication.P2PCommunicator, dist_checkpointing (writers)",
+        replacements=_synchronize,
+    ),
+    Patch(
+        name="streams",
+        needed_by="moe.token_dispatcher.MoEAlltoAllTokenDispatcher; from 0.19 distributed.param_and_grad_buffer too",
+        replacements=_streams,
+    ),
+    Patch(
+        name="random state",
+        needed_by="tensor_parallel.random: model_parallel_cuda_manual_seed, CudaRNGStatesTracker, CheckpointFunction",
+        replacements=_random_state,
+    ),
+    Patch(
+        name="expert router",
+        needed_by="moe.moe_utils.RouterGatingLinearFunction of 0.16 without Transformer Engine",
+        replacements=_expert_router,
+    ),
+)

@@ -1,0 +1,84 @@
+"""Process groups: every rank stands where the layout says, and stopping leaves nothing behind."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from spin_megatron.mcore.cpu_shim import PATCHES, megatron_on_cpu
+from spin_megatron.mcore.runtime import Runtime, running, start_runtime
+from spin_megatron.plan.shape import ParallelLayout
+from tests.parity.gloo import run_ranks
+
+
+def _sum_over(group: dist.ProcessGroup, value: int) -> int:
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, group=group)
+    return int(tensor)
+
+
+def _coordinates(layout: ParallelLayout) -> list[int]:
+    with running(layout, device="cpu", seed=1) as runtime:
+        groups = runtime.groups
+        sums = [_sum_over(group, 2**runtime.rank) for group in (groups.tensor, groups.data, groups.pipeline, groups.model)]
+        found = [runtime.tensor_rank, runtime.data_rank, runtime.pipeline_rank, *sums, runtime.is_loss_rank]
+    assert not dist.is_initialized()
+    assert vars(torch.Tensor).get("cuda") is None
+    return found
+
+
+def test_ranks_are_laid_out_tensor_first_then_data_then_pipeline() -> None:
+    # rank = tensor + 2 * data (pipeline 1); sums of 2**rank name the members of each group.
+    tensor_data = run_ranks(_coordinates, 4, ParallelLayout(tensor=2, data=2))
+    assert tensor_data == [
+        [0, 0, 0, 0b0011, 0b0101, 0b0001, 0b0011, True],
+        [1, 0, 0, 0b0011, 0b1010, 0b0010, 0b0011, False],
+        [0, 1, 0, 0b1100, 0b0101, 0b0100, 0b1100, True],
+        [1, 1, 0, 0b1100, 0b1010, 0b1000, 0b1100, False],
+    ]
+
+
+def test_the_last_pipeline_stage_holds_the_loss() -> None:
+    assert run_ranks(_coordinates, 2, ParallelLayout(pipeline=2)) == [[0, 0, 0, 1, 1, 3, 3, False], [0, 0, 1, 2, 2, 3, 3, True]]
+
+
+def test_a_layout_that_does_not_fit_the_number_of_ranks_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match=r"parallel\.tensor=2 x pipeline=2 .* needs 4 ranks, but WORLD_SIZE=1; start 4 ranks"):
+        start_runtime(ParallelLayout(tensor=2, pipeline=2), device="cpu", seed=1)
+    assert not dist.is_initialized()
+
+
+def test_several_ranks_without_a_meeting_point_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match="MASTER_ADDR is not set, but WORLD_SIZE=2"):
+        start_runtime(ParallelLayout(data=2), device="cpu", seed=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="sees no GPU"):
+        start_runtime(ParallelLayout(), device="cuda", seed=1)
+
+
+def test_one_rank_starts_without_a_launcher_and_can_be_started_again() -> None:
+    assert "MASTER_PORT" not in os.environ
+    for _ in range(2):
+        with running(ParallelLayout(), device="cpu", seed=3) as runtime:
+            assert isinstance(runtime, Runtime)
+            assert runtime.is_loss_rank
+            assert _sum_over(runtime.groups.tensor, 5) == 5
+
+
+def test_the_shim_restores_every_attribute_even_after_an_error() -> None:
+    replaced = [(item.owner, item.attribute) for patch in PATCHES for item in patch.replacements()]
+    before = [vars(owner).get(attribute, "absent") for owner, attribute in replaced]
+    with pytest.raises(RuntimeError, match="inside"), megatron_on_cpu():
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.ones(1).type() == "torch.cuda.FloatTensor"
+        raise RuntimeError("inside")
+    after = [vars(owner).get(attribute, "absent") for owner, attribute in replaced]
+    assert all(old is new for old, new in zip(before, after, strict=True))
+    assert len(replaced) >= 18
