@@ -1,0 +1,71 @@
+"""What a GPU can do, from its makers' data sheets: the numbers every estimate of the planner starts from.
+
+Rates are per GPU. Network and NVLink rates are one direction: half of the "bidirectional" number a data sheet shows.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+GIB = 2**30
+TERA = 1e12
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU in its usual 8-GPU server.
+
+    memory_bytes: what the driver gives a process (torch's total_memory), less than the name says.
+    bf16_flops, fp8_flops: peak dense FLOP/s of the tensor cores; fp8_flops is None where there is no FP8.
+    memory_bandwidth, nvlink_bandwidth, network_bandwidth, host_bandwidth: bytes/s; network: one NIC a GPU; host: PCIe.
+    """
+
+    name: str
+    memory_bytes: int
+    bf16_flops: float
+    fp8_flops: float | None
+    memory_bandwidth: float
+    nvlink_bandwidth: float
+    network_bandwidth: float
+    host_bandwidth: float
+    gpus_per_node: int = 8
+
+
+# Sources of each row: the data sheet of the GPU (dense rates are half of the sparse ones it prints) and of the DGX or HGX
+# server for the network. memory_bytes is torch.cuda.get_device_properties(0).total_memory as printed by that GPU in public logs.
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        # NVIDIA A100 data sheet (June 2021): 312 TFLOP/s bf16, 2039 GB/s (80 GB) or 1555 GB/s (40 GB), NVLink 600 GB/s both ways, PCIe 4.
+        # DGX A100 data sheet: 8 x 200 Gb/s HDR.
+        Gpu("a100-40gb", int(39.4 * GIB), 312 * TERA, None, 1555 * GIGA, 300 * GIGA, 25 * GIGA, 25 * GIGA),
+        Gpu("a100-80gb", int(79.15 * GIB), 312 * TERA, None, 2039 * GIGA, 300 * GIGA, 25 * GIGA, 25 * GIGA),
+        # NVIDIA H100 data sheet (SXM): 989.4 and 1978.9 TFLOP/s dense, 3.35 TB/s, NVLink 900 GB/s both ways, PCIe 5.
+        # DGX H100 data sheet: 8 x 400 Gb/s NDR.
+        Gpu("h100-80gb", int(79.1 * GIB), 989.4 * TERA, 1978.9 * TERA, 3350 * GIGA, 450 * GIGA, 50 * GIGA, 50 * GIGA),
+        # NVIDIA H200 data sheet (SXM): H100's compute, 141 GB at 4.8 TB/s.
+        Gpu("h200-141gb", int(139.7 * GIB), 989.4 * TERA, 1978.9 * TERA, 4800 * GIGA, 450 * GIGA, 50 * GIGA, 50 * GIGA),
+        # NVIDIA dgxc-benchmarking README, "Peak Theoretical Throughput" and reference architectures (July 2026): B200 2250 and 4500
+        # TFLOP/s dense, 180 GB, NVLink 1.8 TB/s both ways, 8 x 400 Gb/s; B300 the same rates, 270 GB, 8 x 800 Gb/s.
+        # The memory bus is 7680 bits at 3996 MHz: 7.67 TB/s (pytorch/ao #4002, which also shows the 178.35 GiB).
+        Gpu("b200-180gb", int(178.35 * GIB), 2250 * TERA, 4500 * TERA, 7670 * GIGA, 900 * GIGA, 50 * GIGA, 50 * GIGA),
+        Gpu("b300-270gb", int(267.5 * GIB), 2250 * TERA, 4500 * TERA, 7670 * GIGA, 900 * GIGA, 100 * GIGA, 50 * GIGA),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name; "h100" is enough where it says which one.
+
+    Raises:
+        ValueError: no or several GPUs of that name; the message lists them.
+    """
+    wanted = name.lower().removeprefix("nvidia-").replace("_", "-")
+    if wanted in GPUS:
+        return GPUS[wanted]
+    beginning = [known for known in GPUS if known.startswith(f"{wanted}-")]
+    if len(beginning) == 1:
+        return GPUS[beginning[0]]
+    close = beginning or difflib.get_close_matches(wanted, GPUS, n=1)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise ValueError(f"--gpu {name!r} is not in the table of GPUs; known are {', '.join(GPUS)} (spin_megatron/plan/hardware.py).{hint}")
