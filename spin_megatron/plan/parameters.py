@@ -89,7 +89,8 @@ def _dense_mlp(shape: ModelShape, layout: ParallelLayout, prefix: str) -> list[P
 
 
 def _experts(shape: ModelShape, layout: ParallelLayout, prefix: str) -> list[Parameter]:
-    assert shape.num_experts is not None and shape.expert_ffn_hidden_size is not None
+    assert shape.num_experts is not None
+    assert shape.expert_ffn_hidden_size is not None
     numel = shape.hidden_size * shape.expert_ffn_hidden_size // layout.tensor
     parameters = [Parameter(f"{prefix}.mlp.router.weight", shape.num_experts * shape.hidden_size)]
     for expert in range(shape.num_experts // layout.expert):
