@@ -75,10 +75,15 @@ def test_one_rank_starts_without_a_launcher_and_can_be_started_again() -> None:
 def test_the_shim_restores_every_attribute_even_after_an_error() -> None:
     replaced = [(item.owner, item.attribute) for patch in PATCHES for item in patch.replacements()]
     before = [vars(owner).get(attribute, "absent") for owner, attribute in replaced]
-    with pytest.raises(RuntimeError, match="inside"), megatron_on_cpu():
+
+    @megatron_on_cpu()
+    def fail_inside() -> None:
         assert torch.zeros(2, device="cuda").device.type == "cpu"
         assert torch.ones(1).type() == "torch.cuda.FloatTensor"
         raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
     after = [vars(owner).get(attribute, "absent") for owner, attribute in replaced]
     assert all(old is new for old, new in zip(before, after, strict=True))
     assert len(replaced) >= 18
