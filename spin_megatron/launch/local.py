@@ -18,6 +18,7 @@ from pathlib import Path
 DONE, BAD_INPUT, INCOMPLETE, STOPPED = 0, 2, 3, 75
 GRACE_SECONDS = 20.0
 POLL_SECONDS = 0.05
+PROGRAM = (sys.executable, "-m", "spin_megatron.cli")
 _PARENT = "SPIN_MEGATRON_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
 
@@ -39,7 +40,7 @@ def launch(arguments: Sequence[str], *, world_size: int, threads: int, log_folde
     with _passed_on(lambda number: _signal_all(processes, number)):
         for rank in range(world_size):
             log_file = attempt / f"rank_{rank}.log"
-            command = [sys.executable, "-m", "spin_megatron.cli", *arguments, "--log-file", str(log_file)]
+            command = [*PROGRAM, *arguments, "--log-file", str(log_file)]
             environment = _environment(rank, world_size, port, threads)
             if rank == 0:
                 processes.append(subprocess.Popen(command, env=environment))
@@ -107,14 +108,13 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     """Wait for all; once one has failed, give the others GRACE_SECONDS to end by themselves, then end them."""
     first_failure: int | None = None
     deadline = 0.0
-    while any(process.poll() is None for process in processes):
+    while None in (codes := [process.poll() for process in processes]):
         if first_failure is None:
-            first_failure = next((process.returncode for process in processes if process.returncode), None)
+            first_failure = next((code for code in codes if code), None)
             deadline = time.monotonic() + GRACE_SECONDS
         elif time.monotonic() > deadline:
             _signal_all(processes, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
-    codes = [process.returncode for process in processes]
     if first_failure is None:
         first_failure = next((code for code in codes if code), DONE)
     # A rank that is killed while another explains a bad input is not the reason.

@@ -1,0 +1,78 @@
+"""The config refuses what it should, by key, with the cure."""
+
+from pathlib import Path
+
+import pytest
+
+from spin_megatron.config import RunConfig, load_config
+
+MINIMAL = '[model]\npath = "org/model"\nrevision = "abc"\n[data]\nsource = "org/data"\nrevision = "def"\n[train]\npack_tokens = 4096\n'
+
+
+def write(tmp_path: Path, text: str = MINIMAL) -> Path:
+    path = tmp_path / "run config.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_last_value_of_a_list_repeats(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["objective.beta=[0.1, 0.1, 0.1, 5.0]", "train.schedule_epochs=6", "train.stop_epoch=2"])
+    assert [config.at(t).beta for t in range(6)] == [0.1, 0.1, 0.1, 5.0, 5.0, 5.0]
+    assert (config.at(3).schedule_epochs, config.at(3).stop_epoch) == (6, 2)
+
+
+def test_stop_epoch_is_the_whole_schedule_unless_given(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path), ["train.schedule_epochs=[3, 2]"]).at(0).stop_epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.betta=0.1", r"objective\.betta: unknown key; did you mean beta\?"),
+        ("optimiser.name=adamw", r"optimiser: unknown key; did you mean optimizer\?"),
+        ("train.pack_tokens=512", r"train\.pack_tokens=512 cannot hold the longest pair \(3072 tokens"),
+        ("train.dtype=float16", r"train\.dtype: .*'float32' or 'bfloat16'"),
+        ("train.global_batch_pairs=0", r"train\.global_batch_pairs: .*greater than 0"),
+        ("train.global_batch_pairs=2.5", r"train\.global_batch_pairs"),
+        ("objective.beta=[]", r"objective\.beta is an empty list"),
+        ("objective.beta=-1.0", r"objective\.beta=-1\.0 must be positive"),
+        ("train.stop_epoch=9", r"train\.stop_epoch=9 is beyond train\.schedule_epochs=2 in iteration 0"),
+        ("parallel", r"'parallel' is not of the form section\.key=value"),
+        ("model.path.x=1", r"'path' is a value, not a section"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_key(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path), [override])
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"(?s)run\.seeed.*data\.source: missing") as caught:
+        load_config(write(tmp_path, '[run]\nseeed = 1\n[model]\npath = "m"\n[data]\n'))
+    assert str(tmp_path / "run config.toml") in str(caught.value)
+
+
+def test_a_missing_file_and_broken_toml_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing\.toml cannot be read"):
+        load_config(tmp_path / "nothing.toml")
+    with pytest.raises(ValueError, match=r"is not TOML"):
+        load_config(write(tmp_path, "[run\n"))
+
+
+def test_sharing_the_prompt_decides_what_a_pack_must_hold(tmp_path: Path) -> None:
+    load_config(write(tmp_path), ["train.pack_tokens=3072"])
+    with pytest.raises(ValueError, match=r"4096 tokens"):
+        load_config(write(tmp_path), ["train.pack_tokens=3072", "train.share_prompt=false"])
+
+
+def test_paths_are_relative_to_the_config_and_may_hold_spaces_and_quotes(tmp_path: Path) -> None:
+    data = tmp_path / 'it\'s "data".jsonl'
+    data.write_text("{}\n", encoding="utf-8")
+    config = load_config(write(tmp_path, MINIMAL.replace('"org/data"', "'''it's \"data\".jsonl'''")))
+    assert config.data.source == str(data)
+    assert config.model.path == "org/model"
+
+
+def test_the_frozen_form_gives_the_same_config(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["objective.beta=[0.1, 5.0]", "data.columns.id='row id'"])
+    assert RunConfig.from_json(config.model_dump_json()) == config

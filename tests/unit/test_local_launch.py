@@ -1,0 +1,108 @@
+"""The launcher: exit codes, signals, logs, and no orphans."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from spin_megatron.launch import local
+
+
+def rank_program(tmp_path: Path, body: str) -> tuple[str, ...]:
+    """A stand-in for the command line: `body` runs with `rank` and `out` (a folder) defined."""
+    path = tmp_path / "rank.py"
+    head = "import os, sys, time, signal, pathlib\nfrom spin_megatron.launch.local import end_with_parent\n"
+    setup = f"end_with_parent()\nrank = int(os.environ['RANK'])\nout = pathlib.Path({str(tmp_path)!r})\n"
+    path.write_text(head + setup + textwrap.dedent(body), encoding="utf-8")
+    return (sys.executable, str(path))
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, world_size: int = 2) -> int:
+    monkeypatch.setattr(local, "PROGRAM", rank_program(tmp_path, body))
+    monkeypatch.setattr(local, "GRACE_SECONDS", 0.5)
+    return local.launch(["train"], world_size=world_size, threads=1, log_folder=tmp_path / "logs")
+
+
+def test_all_ranks_done_is_zero_and_each_has_its_coordinates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "OMP_NUM_THREADS")
+    body = f"(out / f'env{{rank}}').write_text(' '.join(os.environ[key] for key in {keys!r}))"
+    assert launch(monkeypatch, tmp_path, body) == 0
+    assert [(tmp_path / f"env{rank}").read_text() for rank in (0, 1)] == ["0 2 0 127.0.0.1 1", "1 2 1 127.0.0.1 1"]
+
+
+def test_a_failing_rank_ends_the_others_and_its_code_is_returned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started = time.monotonic()
+    assert launch(monkeypatch, tmp_path, "sys.exit(7) if rank == 1 else time.sleep(60)") == 7
+    assert time.monotonic() - started < 30
+
+
+def test_the_rank_that_explains_a_refusal_decides_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert launch(monkeypatch, tmp_path, "time.sleep(0.2 * rank)\nsys.exit(2 if rank == 1 else 1)") == 2
+
+
+def test_every_attempt_keeps_its_logs_and_latest_points_at_the_newest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for attempt in (1, 2):
+        assert launch(monkeypatch, tmp_path, f"print('attempt {attempt} of rank', rank)") == 0
+    assert (tmp_path / "logs/attempt_1/rank_1.log").read_text() == "attempt 1 of rank 1\n"
+    assert (tmp_path / "logs/latest/rank_1.log").read_text() == "attempt 2 of rank 1\n"
+
+
+WAITS_FOR_A_STOP = """
+    stop = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    (out / f'up{rank}').touch()
+    for _ in range(600):
+        if stop:
+            sys.exit(75)
+        time.sleep(0.05)
+"""
+
+
+def start_launcher(tmp_path: Path, body: str) -> subprocess.Popen[bytes]:
+    """A launcher in a process of its own, once both its ranks are up."""
+    program = rank_program(tmp_path, body)
+    code = f"""
+        from pathlib import Path
+        from spin_megatron.launch import local
+        local.PROGRAM = {program!r}
+        raise SystemExit(local.launch(["train"], world_size=2, threads=1, log_folder=Path({str(tmp_path / "logs")!r})))
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    for _ in range(600):
+        if (tmp_path / "up0").exists() and (tmp_path / "up1").exists():
+            return process
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError("the ranks did not start")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_reaches_every_rank_and_is_reported_as_75(tmp_path: Path, number: signal.Signals) -> None:
+    process = start_launcher(tmp_path, WAITS_FOR_A_STOP)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 75
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="parent-death signals are Linux's")
+def test_killing_the_launcher_leaves_no_orphan(tmp_path: Path) -> None:
+    body = "(out / f'pid{rank}').write_text(str(os.getpid()))\n(out / f'up{rank}').touch()\ntime.sleep(60)"
+    process = start_launcher(tmp_path, body)
+    process.kill()
+    process.wait(timeout=30)
+    pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in (0, 1)]
+    for _ in range(200):
+        if not any(is_alive(pid) for pid in pids):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"still alive: {[pid for pid in pids if is_alive(pid)]}")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

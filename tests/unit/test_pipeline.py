@@ -1,0 +1,175 @@
+"""The stage line: order, keys, and the skip / stale / run decision."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from spin_megatron.config import RunConfig, load_config
+from spin_megatron.pipeline import STAGES, StageRef, execute, folder_of, line, redo, require_current, settings_of, state_of
+from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.manifest import StageIncomplete, StaleStage, read_manifest, write_text
+from spin_megatron.stages.context import StageContext, StageOutput
+
+CONFIG = '[run]\niterations = 2\n[model]\npath = "org/m"\nrevision = "a"\n[data]\nsource = "org/d"\nrevision = "b"\n'
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG, encoding="utf-8")
+    return load_config(path, ["generate.num_shards=2", "objective.beta=[0.1, 5.0]"])
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> RunLayout:
+    return RunLayout(tmp_path / "run with 'quotes'")
+
+
+@pytest.fixture
+def stage_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace every stage by one that writes a file; returns the log of what ran."""
+    runs: list[str] = []
+
+    def run(context: StageContext) -> StageOutput:
+        ref = current["ref"]
+        runs.append(str(ref))
+        folder = folder_of(context.layout, ref)
+        write_text(folder / "made.txt", f"{ref} {content['text']}")
+        return StageOutput({folder / "made.txt": 1}, {"number": len(runs)}, stopped=str(ref) in content["stop"])
+
+    current: dict[str, StageRef] = {}
+    content: dict = {"text": "", "stop": set()}
+    for stage in STAGES.values():
+        module = types.ModuleType(f"spin_megatron.stages.{stage.module}")
+        module.run = run  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    runs_current.update(current=current, content=content)
+    return runs
+
+
+runs_current: dict = {}
+
+
+def do(config: RunConfig, layout: RunLayout, ref: StageRef, rank: int = 0) -> bool:
+    runs_current["current"]["ref"] = ref
+    return execute(config, layout, ref, rank=rank, stop_requested=lambda: False)
+
+
+def do_all(config: RunConfig, layout: RunLayout) -> None:
+    for ref in line(config):
+        assert do(config, layout, ref)
+
+
+def test_the_line_of_two_iterations_is_the_design(config: RunConfig) -> None:
+    first = "build-engine 0,generate 0 shard 0,generate 0 shard 1,merge 0,train 0,export 1,evaluate 0"
+    second = "build-engine 1,generate 1 shard 0,generate 1 shard 1,merge 1,train 1,export 2,evaluate 1"
+    assert ",".join(map(str, line(config))) == f"export 0,prepare 0,{first},{second}"
+
+
+def test_every_stage_comes_after_what_it_needs(config: RunConfig) -> None:
+    seen: list[StageRef] = []
+    for ref in line(config):
+        assert set(STAGES[ref.name].needs(config, ref.iteration)) <= set(seen), ref
+        seen.append(ref)
+
+
+def test_a_window_of_two_reads_the_pairs_of_the_iteration_before(config: RunConfig) -> None:
+    assert StageRef("merge", 0) in STAGES["merge"].needs(config, 1)
+    assert not any(need.name == "merge" for need in STAGES["merge"].needs(config, 0))
+
+
+def test_settings_are_those_of_the_iteration(config: RunConfig) -> None:
+    assert settings_of(config, StageRef("train", 0))["objective.beta"] == 0.1
+    assert settings_of(config, StageRef("train", 1))["objective.beta"] == 5.0
+    assert "train.save_every_steps" not in settings_of(config, StageRef("train", 0))
+    assert "model.path" in settings_of(config, StageRef("export", 0))
+    assert "model.path" not in settings_of(config, StageRef("export", 1))
+
+
+def test_a_rerun_runs_nothing(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    do_all(config, layout)
+    assert stage_runs == [str(ref) for ref in line(config)]
+    assert {state_of(config, layout, ref) for ref in line(config)} == {"done"}
+    do_all(config, layout)
+    assert len(stage_runs) == len(line(config))
+
+
+def test_a_stage_without_its_inputs_names_the_command_that_completes_them(
+    config: RunConfig, layout: RunLayout, stage_runs: list[str]
+) -> None:
+    with pytest.raises(StageIncomplete, match=r"train 0 needs merge 0, .* run: spin-megatron merge --run-dir .* --iteration 0"):
+        do(config, layout, StageRef("train", 0))
+    assert stage_runs == []
+
+
+def test_changed_settings_are_refused_field_by_field(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    do_all(config, layout)
+    changed = config.model_copy(update={"run": config.run.model_copy(update={"seed": 7})})
+    with pytest.raises(StaleStage, match=r"run\.seed: 42 -> 7[\s\S]*--redo prepare:0"):
+        do(changed, layout, StageRef("prepare"))
+
+
+def test_redo_moves_a_stage_and_what_was_made_from_it_aside(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    do_all(config, layout)
+    moved = redo(config, layout, StageRef("merge", 1))
+    assert [str(ref) for ref in moved] == ["merge 1", "train 1", "export 2", "evaluate 1"]
+    assert len(list((layout.root / "redone").rglob("made.txt"))) == 4
+    assert state_of(config, layout, StageRef("merge", 1)) == "ready"
+    assert state_of(config, layout, StageRef("train", 1)) == "waiting"
+    do_all(config, layout)
+    assert stage_runs[16:] == ["merge 1", "train 1", "export 2", "evaluate 1"]
+
+
+def test_other_contents_of_an_input_make_what_follows_stale(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    do_all(config, layout)
+    shard = folder_of(layout, StageRef("generate", 0, 1))
+    (shard / "MANIFEST.json").unlink()
+    runs_current["content"]["text"] = "other answers"
+    do(config, layout, StageRef("generate", 0, 1))
+    assert state_of(config, layout, StageRef("merge", 0)) == "stale"
+    with pytest.raises(StaleStage, match=r"input generate 0 shard 1: '[0-9a-f]{64}' -> '[0-9a-f]{64}'"):
+        do(config, layout, StageRef("merge", 0))
+
+
+def test_a_stopped_stage_has_no_manifest_and_runs_again(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    runs_current["content"]["stop"] = {"export 0"}
+    assert not do(config, layout, StageRef("export", 0))
+    assert read_manifest(layout.theta(0)) is None
+    runs_current["content"]["stop"] = set()
+    assert do(config, layout, StageRef("export", 0))
+
+
+def test_garbage_is_removed_where_a_stage_starts_over_and_kept_where_it_resumes(
+    config: RunConfig, layout: RunLayout, stage_runs: list[str]
+) -> None:
+    garbage = {ref: folder_of(layout, ref) / "half" for ref in (StageRef("prepare"), StageRef("generate", 0, 0))}
+    for path in garbage.values():
+        write_text(path, "half")
+    do_all(config, layout)
+    assert not garbage[StageRef("prepare")].exists()
+    assert garbage[StageRef("generate", 0, 0)].exists()
+
+
+def test_other_ranks_write_no_manifest(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    assert do(config, layout, StageRef("export", 0), rank=1)
+    assert not (layout.theta(0) / "MANIFEST.json").exists()
+
+
+def test_a_missing_file_of_a_finished_stage_is_named(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    do_all(config, layout)
+    (layout.data / "made.txt").unlink()
+    manifest = read_manifest(layout.data)
+    assert manifest is not None
+    with pytest.raises(ValueError, match=r"prepare 0 is finished, but .*made\.txt is missing"):
+        require_current(config, layout, StageRef("prepare"), manifest)
+
+
+def test_the_manifest_records_versions_and_times(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    do(config, layout, StageRef("export", 0))
+    values = json.loads((layout.theta(0) / "MANIFEST.json").read_text(encoding="utf-8"))
+    assert values["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert values["finished_at"] >= values["started_at"]
+    assert values["outputs"][0]["num_rows"] == 1

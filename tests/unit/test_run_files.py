@@ -1,0 +1,132 @@
+"""Manifests, records and metrics: nothing half-written is taken for done, nothing is lost."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spin_megatron.run.manifest import (
+    Manifest,
+    atomic_path,
+    difference,
+    output_file,
+    read_manifest,
+    stage_key,
+    verify_outputs,
+    write_manifest,
+    write_text,
+)
+from spin_megatron.run.records import GeneratedRow, PromptRow, ReferenceScore, SpinPair, read_rows, write_rows
+from spin_megatron.run.telemetry import MetricsWriter
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "first")
+
+    def fails_half_way() -> None:
+        with atomic_path(path) as aside:
+            aside.write_text("half", encoding="utf-8")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails_half_way()
+    assert path.read_text(encoding="utf-8") == "first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("row_type", "rows"),
+    [
+        (PromptRow, [PromptRow("a", (1, 2), (3,), False), PromptRow("b", (), (2**31 - 1,), True)]),
+        (GeneratedRow, [GeneratedRow("a", (), "length", 2**63 - 1), GeneratedRow("b", (7,), "stop", 0)]),
+        (SpinPair, []),
+        (ReferenceScore, [ReferenceScore("a", -0.5, -1.25, 1, 2)]),
+    ],
+)
+def test_rows_come_back_as_they_were_written(tmp_path: Path, row_type: type, rows: list) -> None:
+    path = tmp_path / "it's here" / "rows.parquet"
+    write_rows(path, rows, row_type)
+    assert read_rows(path, row_type) == rows
+
+
+def test_a_corrupt_or_foreign_parquet_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    write_rows(path, [GeneratedRow("a", (1,), "stop", 0)], GeneratedRow)
+    with pytest.raises(ValueError, match=r"rows\.parquet has columns .* expected .*SpinPair"):
+        read_rows(path, SpinPair)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"rows\.parquet cannot be read as parquet"):
+        read_rows(path, GeneratedRow)
+
+
+def make_manifest(folder: Path) -> Manifest:
+    write_text(folder / "data.txt", "12345")
+    settings, inputs = {"run.seed": 42}, {"prepare 0": "abc"}
+    key = stage_key("merge", settings, inputs)
+    return Manifest("merge", 0, None, key, settings, inputs, (output_file(folder, folder / "data.txt", 5),))
+
+
+def test_a_manifest_round_trips_and_vouches_for_its_files(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path) is None
+    manifest = make_manifest(tmp_path)
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    # sha256("12345"), from coreutils' sha256sum
+    assert manifest.outputs[0].sha256 == "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5"
+    assert verify_outputs(tmp_path, manifest, digests=True) == []
+    (tmp_path / "data.txt").write_text("12346", encoding="utf-8")
+    assert verify_outputs(tmp_path, manifest) == []
+    assert "does not match the sha256" in verify_outputs(tmp_path, manifest, digests=True)[0]
+    (tmp_path / "data.txt").write_text("1234", encoding="utf-8")
+    assert "has 4 bytes, its manifest says 5" in verify_outputs(tmp_path, manifest)[0]
+    (tmp_path / "data.txt").unlink()
+    assert "is missing" in verify_outputs(tmp_path, manifest)[0]
+
+
+def test_a_manifest_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    write_manifest(tmp_path, make_manifest(tmp_path))
+    path = tmp_path / "MANIFEST.json"
+    path.write_text(path.read_text(encoding="utf-8")[:40], encoding="utf-8")
+    with pytest.raises(ValueError, match=r"MANIFEST\.json is not a readable manifest"):
+        read_manifest(tmp_path)
+    write_manifest(tmp_path, replace(make_manifest(tmp_path), schema=99))
+    with pytest.raises(ValueError, match=r"schema 99"):
+        read_manifest(tmp_path)
+
+
+def test_the_key_depends_on_settings_and_inputs_and_not_on_their_order(tmp_path: Path) -> None:
+    assert stage_key("train", {"a": 1, "b": 2}, {}) == stage_key("train", {"b": 2, "a": 1}, {})
+    assert stage_key("train", {"a": 1}, {}) != stage_key("train", {"a": 2}, {})
+    assert stage_key("train", {}, {"x": "1"}) != stage_key("merge", {}, {"x": "1"})
+    manifest = make_manifest(tmp_path)
+    assert difference(manifest, {"run.seed": 43}, {"prepare 0": "abd"}) == ["run.seed: 42 -> 43", "input prepare 0: 'abc' -> 'abd'"]
+
+
+def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path, tmp_path / "tensorboard")
+    for step in range(4):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write('{"step": 4, "lo')  # killed in the middle of a line
+    writer = MetricsWriter(path, tmp_path / "tensorboard", resume_step=2)
+    writer.write(2, {"loss": float("nan")})
+    writer.close()
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(0, 0.0), (1, 1.0), (2, "nan")]
+
+
+def test_tensorboard_shows_the_resumed_values_once(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, values in ((0, (1.0, 2.0, 3.0)), (1, (20.0, 30.0))):
+        writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=first)
+        for step, value in enumerate(values, start=first):
+            writer.write(step, {"loss": value})
+        writer.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.0), (1, 20.0), (2, 30.0)]
