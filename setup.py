@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "spin_megatron" / "__init__
 
 RUNTIME = [
     "datasets>=4.0",
+    "huggingface_hub>=1.0",
     "jinja2>=3.1",
     "matplotlib>=3.8",
     # 0.17 and later need Python 3.12; the range is what spin_megatron/mcore/cpu_shim.py knows.
