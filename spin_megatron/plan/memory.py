@@ -1,0 +1,252 @@
+"""Memory of one GPU while it trains, part by part, for every pipeline rank.
+
+Exact (held equal to Megatron Core's by tests): weights, gradients and optimizer shards. Modelled: activations, head,
+communication buffers, CUDA context. Formulas and their sources, with measured runs beside them: docs/planner.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from spin_megatron.plan.hardware import GIB
+from spin_megatron.plan.parameters import Buffer, Parameter, build_buffer, layers_per_chunk, padded_vocab, rank_parameters, split_by_kind
+from spin_megatron.plan.shape import ModelShape, ParallelLayout
+
+Precision = Literal["float32", "bfloat16", "fp8"]
+Recompute = Literal["none", "selective", "full"]
+OptimizerName = Literal["adamw", "rmsprop"]
+
+FLOAT32_BYTES = 4
+# Moments a parameter has: AdamW m and v (arXiv 1711.05101), RMSProp the mean square.
+_MOMENTS: dict[OptimizerName, int] = {"adamw": 2, "rmsprop": 1}
+
+# CUDA context, cuBLAS and cuDNN workspaces of a training process. Megatron Core's own CI runs allocate 0.1 to 0.4 GB beyond their
+# tensors (docs/planner.md); the context itself, outside torch's allocator, is 0.5 GB on Hopper.
+CONTEXT_BYTES = int(1.0 * GIB)
+# NCCL keeps 4 MiB (NCCL_BUFFSIZE) a channel and direction plus the LL and LL128 buffers, up to 32 channels: per communicator.
+NCCL_COMMUNICATOR_BYTES = int(0.35 * GIB)
+# What the caching allocator cannot hand out again, as a share of the memory that comes and goes within a step.
+FRAGMENTATION = 0.05
+# A layout is refused above this share of the GPU's memory: the rest is the model error of the parts that are not exact.
+USABLE_SHARE = 0.96
+# objective/logprobs.py makes logits in tiles of 1024 rows x 4096 columns: fp32 logits, their gradient and one temporary.
+HEAD_TILE_BYTES = 3 * 1024 * 4096 * FLOAT32_BYTES
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What decides a training step's memory and time, as plain values.
+
+    pack_tokens: tokens of a micro-batch. micro_batches: packs a data rank computes per update.
+    head_rows: share of a pack's tokens that predict a response token (the head runs on these rows only).
+    shared_prefix: prompt tokens a pack's answers look back at, as a share of its tokens: their keys and values are copied.
+    gradient_bytes: of the gradient that is reduced over data ranks; 4, fp32, is what this project trains with.
+    keys_per_token: keys a token attends to on average; half a sequence where sequences are packed whole.
+    recompute_logits: the head's backward makes the logits again instead of keeping them, as objective/logprobs.py does.
+    overlap_*: collectives run beside computation. Tensor: Transformer Engine's user buffers.
+    """
+
+    pack_tokens: int
+    micro_batches: int
+    precision: Precision = "bfloat16"
+    recompute: Recompute = "none"
+    optimizer: OptimizerName = "adamw"
+    distributed_optimizer: bool = True
+    head_rows: float = 1.0
+    shared_prefix: float = 0.0
+    gradient_bytes: int = FLOAT32_BYTES
+    keys_per_token: float = 512.0
+    recompute_logits: bool = True
+    overlap_tensor: bool = False
+    overlap_pipeline: bool = False
+    overlap_data: bool = False
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes a weight element takes; with FP8 the bf16 weights stay (Transformer Engine casts them as it goes)."""
+        return FLOAT32_BYTES if self.precision == "float32" else 2
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes a rank holds from the first step to the last."""
+
+    num_parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Peak bytes of the ranks of one pipeline position; all its tensor and data ranks are alike."""
+
+    pipeline_rank: int
+    state: StateBytes
+    activations: int
+    head: int
+    communication: int
+    context: int
+
+    @property
+    def total(self) -> int:
+        return self.state.total + int((self.activations + self.head) * (1 + FRAGMENTATION)) + self.communication + self.context
+
+
+def state_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int, data_rank: int = 0) -> StateBytes:
+    """Weights, gradients and optimizer state of one rank, equal to what Megatron Core allocates.
+
+    Weights and gradients lie in one buffer a chunk (padded when sharded); the optimizer keeps an fp32 copy of bf16 weights and the
+    moments, of the whole buffer or of this rank's 1/data share. Experts have their own buffer, shared by fewer ranks.
+    """
+    num_parameters = weights = gradients = optimizer = 0
+    per_element = FLOAT32_BYTES * (_MOMENTS[settings.optimizer] + (settings.precision != "float32"))
+    for chunk in rank_parameters(shape, layout, pipeline_rank):
+        for parameters, num_ranks in zip(split_by_kind(chunk), (layout.data * layout.context, expert_data_ranks(layout)), strict=True):
+            if not parameters:
+                continue
+            numel = sum(parameter.numel for parameter in parameters)
+            buffer = _buffer(parameters, num_ranks, settings)
+            held = buffer.shard_elements(data_rank % num_ranks, num_ranks) if settings.distributed_optimizer else numel
+            num_parameters += numel
+            weights += buffer.num_elements * settings.weight_bytes
+            gradients += buffer.num_elements * settings.gradient_bytes
+            optimizer += held * per_element
+    return StateBytes(num_parameters, weights, gradients, optimizer)
+
+
+def _buffer(parameters: Sequence[Parameter], num_ranks: int, settings: TrainSettings) -> Buffer:
+    return build_buffer(parameters, num_ranks=num_ranks, is_sharded=settings.distributed_optimizer)
+
+
+def expert_data_ranks(layout: ParallelLayout) -> int:
+    """Ranks that hold the same experts: data and context ranks less those the experts are spread over."""
+    return layout.data * layout.context // layout.expert
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """Elements that one token leaves in one layer of one rank for the backward pass.
+
+    residual: inputs and outputs of both norms. attention: query, key, value and the attention's output.
+    mlp: output of the first projection and of the activation. statistics: fp32 log-sum-exps of the attention.
+    checkpoint: the layer's input, all that full recompute keeps.
+    """
+
+    residual: float
+    attention: float
+    mlp: float
+    statistics: float
+    checkpoint: float
+
+    def token_bytes(self, element_bytes: int, recompute: Recompute) -> float:
+        """Bytes a token leaves in a layer. Selective recompute drops the attention's statistics only: flash attention keeps no more."""
+        if recompute == "full":
+            return self.checkpoint * element_bytes
+        kept = (self.residual + self.attention + self.mlp) * element_bytes
+        return kept if recompute == "selective" else kept + self.statistics * FLOAT32_BYTES
+
+
+def layer_widths(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings) -> LayerWidths:
+    """Widths of a layer with flash attention, fused SwiGLU and no dropout (after arXiv 2205.05198, equation 2, without its dropout
+    masks and score matrices; GQA and the gated MLP counted as they are).
+
+    Sequence parallelism splits the norms' tensors over tensor ranks, tensor parallelism all others, context parallelism the tokens.
+    """
+    sequence_split = layout.tensor if layout.sequence else 1
+    hidden = shape.hidden_size / sequence_split
+    key_value = 2 * shape.num_kv_heads * (1 + settings.shared_prefix)
+    attention = (2 * shape.num_heads + key_value) * shape.head_dim / layout.tensor
+    if shape.num_experts is None:
+        mlp = 3 * shape.ffn_hidden_size / layout.tensor
+    else:
+        mlp = _moe_width(shape, layout)
+    return LayerWidths(4 * hidden, attention, mlp, shape.num_heads / layout.tensor, hidden)
+
+
+def _moe_width(shape: ModelShape, layout: ParallelLayout) -> float:
+    """A token goes to experts_per_token experts: its copy, the gated projection and activation there, and the expert's answer.
+
+    Routing is taken as even; expert ranks then hold as many copies as they sent. With tensor parallelism inside the experts every
+    tensor rank holds all copies and its share of the expert's columns.
+    """
+    assert shape.experts_per_token is not None
+    assert shape.expert_ffn_hidden_size is not None
+    router_logits = 2 * (shape.num_experts or 0)  # fp32 logits and probabilities, in elements of 2 bytes
+    per_copy = 2 * shape.hidden_size + 3 * shape.expert_ffn_hidden_size / layout.tensor
+    return shape.experts_per_token * per_copy + router_logits
+
+
+def chunks_in_flight(layout: ParallelLayout, pipeline_rank: int, micro_batches: int) -> int:
+    """Model chunks whose activations a rank holds at once, a chunk of one micro-batch counted as one.
+
+    1F1B: stage p starts pipeline - p micro-batches before its first backward. Interleaved: `get_pp_rank_microbatches` of
+    megatron/core/pipeline_parallel/schedules.py, warm-up (pipeline - p - 1) x 2 + (virtual - 1) x pipeline, one more at the peak.
+    """
+    everything = micro_batches * layout.virtual_pipeline
+    if layout.virtual_pipeline == 1:
+        return min(layout.pipeline - pipeline_rank, everything)
+    warm_up = 2 * (layout.pipeline - pipeline_rank - 1) + (layout.virtual_pipeline - 1) * layout.pipeline
+    return min(warm_up + 1, everything)
+
+
+def activation_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> int:
+    """Activations of a rank at the peak: what the micro-batches in flight left, and the layer that is being recomputed."""
+    element = settings.weight_bytes
+    tokens = settings.pack_tokens / layout.context
+    widths = layer_widths(shape, layout, settings)
+    in_flight = chunks_in_flight(layout, pipeline_rank, settings.micro_batches)
+    kept = in_flight * layers_per_chunk(shape, layout) * tokens * widths.token_bytes(element, settings.recompute)
+    if settings.recompute == "full":
+        kept += tokens * widths.token_bytes(element, "none")
+    if pipeline_rank == 0:
+        # The embedding's output, for each micro-batch in flight.
+        kept += min(layout.pipeline, settings.micro_batches) * tokens * widths.checkpoint * element
+    return int(kept)
+
+
+def head_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> int:
+    """Final norm, the rows gathered for the head, their fp32 gradient and one chunk of logits; on the last stage only."""
+    if pipeline_rank != layout.pipeline - 1:
+        return 0
+    element = settings.weight_bytes
+    tokens = settings.pack_tokens / layout.context
+    rows = tokens * settings.head_rows
+    norm = 2 * tokens * shape.hidden_size / (layout.tensor if layout.sequence else 1) * element
+    gathered = (tokens if layout.sequence else 0) * shape.hidden_size * element
+    selected = rows * shape.hidden_size * (element + FLOAT32_BYTES)
+    # Kept logits are those of Megatron Core's own loss: bf16 and their fp32 copy.
+    columns = padded_vocab(shape, layout.tensor) / layout.tensor
+    logits = HEAD_TILE_BYTES if settings.recompute_logits else rows * columns * (element + FLOAT32_BYTES)
+    return int(norm + gathered + selected + logits)
+
+
+def communication_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings) -> int:
+    """Buffers of collectives: sequence-parallel gather, pipeline receive, and NCCL's own per communicator."""
+    element = settings.weight_bytes
+    hidden = settings.pack_tokens / layout.context * shape.hidden_size * element
+    gather = hidden if layout.sequence else 0  # megatron/core/tensor_parallel/layers.py: one global buffer
+    received = 0.0 if layout.pipeline == 1 else 4 * hidden / (layout.tensor if layout.sequence else 1)
+    sizes = (layout.tensor, layout.pipeline, layout.data * layout.context, layout.context, layout.expert)
+    return int(gather + received) + NCCL_COMMUNICATOR_BYTES * sum(size > 1 for size in sizes)
+
+
+def rank_memory(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> RankMemory:
+    """Peak memory of the ranks at one pipeline position."""
+    return RankMemory(
+        pipeline_rank=pipeline_rank,
+        state=state_bytes(shape, layout, settings, pipeline_rank),
+        activations=activation_bytes(shape, layout, settings, pipeline_rank),
+        head=head_bytes(shape, layout, settings, pipeline_rank),
+        communication=communication_bytes(shape, layout, settings),
+        context=CONTEXT_BYTES,
+    )
+
+
+def all_ranks(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings) -> list[RankMemory]:
+    """Peak memory of every pipeline position."""
+    return [rank_memory(shape, layout, settings, rank) for rank in range(layout.pipeline)]

@@ -1,0 +1,268 @@
+"""Time of a training step and of a forward-only pass, from the shapes, the layout and the GPU's rates.
+
+Everything is built from five rates: matrix products, attention, memory-bound kernels, NVLink and network collectives. Each is the
+data sheet's peak times one share; the shares are fitted once to published runs of Llama 2 and 3 (7B to 405B, bf16 and FP8),
+which tests/unit/test_plan_published.py holds within 20%. Formulas, sources and the table: docs/planner.md.
+"""
+
+from dataclasses import dataclass
+
+from spin_megatron.plan.hardware import Gpu
+from spin_megatron.plan.memory import FLOAT32_BYTES, TrainSettings, expert_data_ranks, state_bytes
+from spin_megatron.plan.parameters import layers_per_chunk, padded_vocab, rank_parameters, split_by_kind
+from spin_megatron.plan.shape import ModelShape, ParallelLayout
+
+# Shares of the data sheet's peak, fitted to the published runs.
+GEMM_SHARE = 0.68
+GEMM_SHARE_FP8 = 0.58
+ATTENTION_SHARE = 0.50
+HEAD_SHARE = 0.65
+MEMORY_SHARE = 0.75
+NVLINK_SHARE = 0.70
+NETWORK_SHARE = 0.80
+# Products of a token's experts are narrow: their rate is the dense one times width / (width + this).
+EXPERT_HALF_WIDTH = 2200
+# All-to-all messages are small and uneven: share of the link they reach, on top of the link's own.
+ALL_TO_ALL_SHARE = 0.85
+# Share of a collective's time that still shows when it is overlapped with computation.
+EXPOSED_TENSOR = 0.45
+EXPOSED_DATA = 0.15
+# Eager PyTorch launches a layer's kernels (about 25 forward) no faster than this, whatever the model's size.
+LAYER_LAUNCH_SECONDS = 150e-6
+# Gradient norm, logging and the synchronisations of a step.
+STEP_OVERHEAD_SECONDS = 0.02
+# Backward work in units of forward: two products for one; flash attention computes its scores again (arXiv 2307.08691, section 3.1).
+GEMM_BACKWARD = 2.0
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """Seconds of one micro-batch in a part of the model on one rank. communication: exposed collectives of both directions."""
+
+    forward: float
+    backward: float
+    communication: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.communication
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one update and where they go; the parts add up to `total`.
+
+    compute: layers and head of the slowest stage over all micro-batches. tensor: exposed collectives inside layers. bubble: waiting
+    for the pipeline to fill and drain. pipeline, data: exposed sends between stages; gradient reduction and weight gathering.
+    imbalance: the slowest stage's time over the mean of the stages (1.0: even).
+    num_tokens: processed by all data ranks. model_flops: of the update, nothing recomputed, attention over the keys it sees.
+    """
+
+    compute: float
+    tensor: float
+    bubble: float
+    pipeline: float
+    data: float
+    optimizer: float
+    imbalance: float
+    num_tokens: int
+    model_flops: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tensor + self.bubble + self.pipeline + self.data + self.optimizer
+
+    @property
+    def bubble_share(self) -> float:
+        return self.bubble / self.total
+
+    def tokens_per_second(self, num_gpus: int) -> float:
+        """Processed tokens per second and GPU."""
+        return self.num_tokens / self.total / num_gpus
+
+    def utilisation(self, num_gpus: int, gpu: Gpu) -> float:
+        """Model FLOPs utilisation against the dense bf16 peak (arXiv 2204.02311, appendix B)."""
+        return self.model_flops / self.total / num_gpus / gpu.bf16_flops
+
+
+def layer_matrix_elements(shape: ModelShape) -> tuple[int, int]:
+    """(dense, expert) elements of the matrices one token passes in one layer; of the experts, those it is routed to."""
+    attention = 2 * shape.hidden_size * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    if shape.num_experts is None:
+        return attention + 3 * shape.hidden_size * shape.ffn_hidden_size, 0
+    assert shape.experts_per_token is not None
+    assert shape.expert_ffn_hidden_size is not None
+    expert = 3 * shape.hidden_size * shape.expert_ffn_hidden_size
+    return attention + shape.num_experts * shape.hidden_size, shape.experts_per_token * expert
+
+
+def forward_flops(shape: ModelShape, settings: TrainSettings, num_tokens: float) -> float:
+    """FLOPs of one forward pass over num_tokens: two a matrix element, the attention's two products, the head on its rows."""
+    layer = 2 * sum(layer_matrix_elements(shape)) + 4 * shape.num_heads * shape.head_dim * settings.keys_per_token
+    head = 2 * shape.hidden_size * shape.vocab_size * settings.head_rows
+    return num_tokens * (shape.num_layers * layer + head)
+
+
+def layer_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> PassTime:
+    """One layer, one micro-batch, one rank; with full recompute its backward starts with another forward."""
+    tokens = settings.pack_tokens / layout.context
+    dense, expert = layer_matrix_elements(shape)
+    width = shape.expert_ffn_hidden_size or 1
+    work = dense + expert * (width + EXPERT_HALF_WIDTH) / width
+    products = 2 * tokens * work / layout.tensor / _matrix_rate(gpu, settings)
+    scores = 4 * tokens * settings.keys_per_token * shape.num_heads * shape.head_dim / layout.tensor
+    attention = scores / (gpu.bf16_flops * ATTENTION_SHARE)
+    elementwise = tokens * _elementwise_bytes(shape, layout, settings) / (gpu.memory_bandwidth * MEMORY_SHARE)
+    forward = max(products + attention + elementwise, LAYER_LAUNCH_SECONDS)
+    backward = max(GEMM_BACKWARD * products + ATTENTION_BACKWARD * attention + 2 * elementwise, 2 * LAYER_LAUNCH_SECONDS)
+    exchange = _layer_exchange_seconds(shape, layout, settings, gpu)
+    passes = 3 if settings.recompute == "full" else 2
+    return PassTime(forward, backward + (forward if settings.recompute == "full" else 0.0), passes * exchange)
+
+
+def _matrix_rate(gpu: Gpu, settings: TrainSettings) -> float:
+    if settings.precision == "fp8" and gpu.fp8_flops is not None:
+        return gpu.fp8_flops * GEMM_SHARE_FP8
+    # fp32 products use TF32, half the bf16 rate (A100 and H100 data sheets).
+    return gpu.bf16_flops * GEMM_SHARE * (0.5 if settings.precision == "float32" else 1.0)
+
+
+def _elementwise_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings) -> float:
+    """Bytes a token makes memory-bound kernels move, forward: norms and residual sums, rotary, SwiGLU; with FP8, the casts."""
+    hidden = shape.hidden_size / (layout.tensor if layout.sequence else 1)
+    rotary = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim / layout.tensor
+    copies = 1 if shape.experts_per_token is None else shape.experts_per_token
+    ffn = copies * (shape.ffn_hidden_size if shape.expert_ffn_hidden_size is None else shape.expert_ffn_hidden_size) / layout.tensor
+    moved = 2 * (2 * hidden + 3 * hidden) + rotary + 3 * ffn
+    if shape.experts_per_token is not None:
+        moved += 4 * copies * shape.hidden_size  # permuted to the experts and back
+    casts = 0.0
+    if settings.precision == "fp8":
+        # Every input of a product is read, and written in FP8 as it is and transposed (for the weight's gradient).
+        casts = 4 * (2 * shape.hidden_size + shape.num_heads * shape.head_dim / layout.tensor + ffn)
+    return moved * settings.weight_bytes + casts
+
+
+def _layer_exchange_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:
+    """Exposed collectives of one direction through one layer.
+
+    Tensor parallelism: two all-reduces of [tokens, hidden], or with sequence parallelism as many bytes in gathers and scatters
+    (arXiv 2205.05198, section 4.2.2). Context parallelism: keys and values go round the ring behind the attention. Experts: tokens go out
+    and come back.
+    """
+    hidden_bytes = settings.pack_tokens / layout.context * shape.hidden_size * settings.weight_bytes
+    seconds = 0.0
+    if layout.tensor > 1:
+        ring = 4 * hidden_bytes * (layout.tensor - 1) / layout.tensor
+        exposed = EXPOSED_TENSOR if settings.overlap_tensor else 1.0
+        seconds += exposed * ring / _link(gpu, layout.tensor, layout.tensor)
+    if layout.context > 1:
+        key_value = 2 * settings.pack_tokens / layout.context * shape.num_kv_heads * shape.head_dim / layout.tensor * settings.weight_bytes
+        seconds += EXPOSED_TENSOR * (layout.context - 1) * key_value / _link(gpu, layout.tensor * layout.context, layout.context)
+    if layout.expert > 1 and shape.experts_per_token is not None:
+        sent = 2 * shape.experts_per_token * hidden_bytes * (layout.expert - 1) / layout.expert
+        seconds += sent / (_link(gpu, layout.tensor * layout.expert, layout.expert) * ALL_TO_ALL_SHARE)
+    return seconds
+
+
+def _link(gpu: Gpu, span: int, members: int) -> float:
+    """Bytes/s one rank moves in a ring of `members` ranks that lie within `span` neighbouring GPUs.
+
+    Inside a server it is NVLink. Beyond, every GPU of the group in a server brings its NIC (NCCL stripes a ring over them).
+    """
+    if span <= gpu.gpus_per_node:
+        return gpu.nvlink_bandwidth * NVLINK_SHARE
+    stride = max(span // members, 1)
+    in_node = max(gpu.gpus_per_node // stride, 1)
+    return min(gpu.nvlink_bandwidth * NVLINK_SHARE, in_node * gpu.network_bandwidth * NETWORK_SHARE)
+
+
+def head_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> PassTime:
+    """The vocab-parallel head on its rows; its backward computes the logits again unless they are kept (logprobs.py: 8 not 6 RHV)."""
+    tokens = settings.pack_tokens / layout.context
+    columns = padded_vocab(shape, layout.tensor) / layout.tensor
+    rows = tokens * settings.head_rows
+    products = 2 * rows * shape.hidden_size * columns / (gpu.bf16_flops * HEAD_SHARE)
+    epilogue = rows * columns * FLOAT32_BYTES / (gpu.memory_bandwidth * MEMORY_SHARE)
+    hidden_bytes = tokens * shape.hidden_size * settings.weight_bytes
+    exchange = 2 * hidden_bytes / _link(gpu, layout.tensor, layout.tensor) if layout.tensor > 1 else 0.0
+    repeated = 1 if settings.recompute_logits else 0
+    return PassTime(products + 2 * epilogue, (2 + repeated) * products + 2 * epilogue, exchange)
+
+
+def stage_times(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> list[PassTime]:
+    """One micro-batch on each pipeline rank: its layers, and on the last rank the head."""
+    layer = layer_time(shape, layout, settings, gpu)
+    count = layers_per_chunk(shape, layout) * layout.virtual_pipeline
+    stages = [PassTime(count * layer.forward, count * layer.backward, count * layer.communication)] * layout.pipeline
+    head = head_time(shape, layout, settings, gpu)
+    last = stages[-1]
+    stages[-1] = PassTime(last.forward + head.forward, last.backward + head.backward, last.communication + head.communication)
+    return stages
+
+
+def step_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> StepTime:
+    """One update: micro_batches packs on each data rank, then the reduction and the optimizer."""
+    stages = stage_times(shape, layout, settings, gpu)
+    totals = [stage.total for stage in stages]
+    slowest = max(range(layout.pipeline), key=lambda rank: totals[rank])
+    # 1F1B: the slowest stage works through all micro-batches, the others' time of one is waited for once, a virtual_pipeline-th of it
+    # when chunks are interleaved (arXiv 2104.04473, section 2.2).
+    bubble = (sum(totals) - totals[slowest]) / layout.virtual_pipeline
+    num_tokens = settings.micro_batches * settings.pack_tokens * layout.data
+    return StepTime(
+        compute=settings.micro_batches * (stages[slowest].forward + stages[slowest].backward),
+        tensor=settings.micro_batches * stages[slowest].communication,
+        bubble=bubble,
+        pipeline=_pipeline_seconds(shape, layout, settings, gpu),
+        data=_data_seconds(shape, layout, settings, gpu),
+        optimizer=_optimizer_seconds(shape, layout, settings, gpu) + STEP_OVERHEAD_SECONDS,
+        imbalance=totals[slowest] * layout.pipeline / sum(totals),
+        num_tokens=num_tokens,
+        model_flops=3 * forward_flops(shape, settings, num_tokens),
+    )
+
+
+def forward_only_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:
+    """A forward-only pass of the same packs: the reference phase and scoring."""
+    stages = stage_times(shape, layout, settings, gpu)
+    passes = 3 if settings.recompute == "full" else 2
+    totals = [stage.forward + stage.communication / passes for stage in stages]
+    sends = _pipeline_seconds(shape, layout, settings, gpu) / 2
+    return settings.micro_batches * max(totals) + (sum(totals) - max(totals)) / layout.virtual_pipeline + sends
+
+
+def _pipeline_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:
+    """Sends of activations and gradients between stages; hidden behind computation where interleaved and overlapped."""
+    if layout.pipeline == 1 or (settings.overlap_pipeline and layout.virtual_pipeline > 1):
+        return 0.0
+    split = layout.tensor if layout.sequence else 1
+    sent = settings.pack_tokens / layout.context * shape.hidden_size * settings.weight_bytes / split
+    bandwidth = _link(gpu, layout.world_size, layout.pipeline)
+    return 2 * layout.virtual_pipeline * settings.micro_batches * sent / bandwidth
+
+
+def _data_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:
+    """Reduction of the gradients and gathering of the weights over data ranks, after the last backward or overlapped with it."""
+    seconds = 0.0
+    span = layout.tensor * layout.data * layout.context
+    for kind, num_ranks in enumerate((layout.data * layout.context, expert_data_ranks(layout))):
+        numel = max(_elements(shape, layout, rank, kind) for rank in range(layout.pipeline))
+        per_element = settings.gradient_bytes + (settings.weight_bytes if settings.distributed_optimizer else settings.gradient_bytes)
+        seconds += numel * per_element * (num_ranks - 1) / num_ranks / _link(gpu, span, num_ranks)
+    return seconds * (EXPOSED_DATA if settings.overlap_data else 1.0)
+
+
+def _elements(shape: ModelShape, layout: ParallelLayout, pipeline_rank: int, kind: int) -> int:
+    return sum(p.numel for chunk in rank_parameters(shape, layout, pipeline_rank) for p in split_by_kind(chunk)[kind])
+
+
+def _optimizer_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:
+    """The update reads and writes its state once, and reads the gradients twice (norm, update); memory-bound."""
+    seconds = 0.0
+    for rank in (0, layout.pipeline - 1):
+        state = state_bytes(shape, layout, settings, rank)
+        moved = 2 * state.optimizer + 2 * state.gradients + state.weights
+        seconds = max(seconds, moved / (gpu.memory_bandwidth * MEMORY_SHARE))
+    return seconds
