@@ -129,6 +129,8 @@ def _open_device(device: DeviceKind, opened: contextlib.ExitStack) -> torch.devi
     if local_rank >= visible:
         raise ValueError(f"LOCAL_RANK={local_rank}, but {visible} GPUs are visible on this machine; start at most {visible} ranks on it.")
     torch.cuda.set_device(local_rank)
+    # Transformer Engine: the log-probabilities of the reference and of the first step must be the same bits.
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     return torch.device("cuda", local_rank)
 
 

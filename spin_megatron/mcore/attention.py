@@ -1,0 +1,359 @@
+"""Core attention over branches: causal within a branch, and before that all of the branch's prefix.
+
+This module stands in Megatron Core's layer where its DotProductAttention would, and reads the pack's `branches_B4`
+(data.batches) where the attention mask would be, because a tensor in that place passes through activation recompute.
+A pair laid out as [x | y | y'] is three branches x, x->y, x->y'; no mask over the whole pack is ever made.
+
+Backends, chosen by `choose_backend` with a reason that is logged:
+- cpu_flash: torch's CPU flash kernel, branch by branch. A branch with a prefix is two unmasked calls (prefix, itself)
+  merged by their log-sum-exp; the flash backward of each part is exact when given the merged output and log-sum-exp.
+  Keys and values are neither copied nor repeated for grouped queries.
+- flash_attn, transformer_engine, torch_varlen: one variable-length call; keys of a prefix are gathered once a branch, and the
+  bottom-right alignment of the causal mask lets every query see its whole prefix.
+- sdpa: torch's scaled_dot_product_attention branch by branch, for everything the others do not compute.
+
+Shapes: T tokens of the pack, B branches, N query heads, G key-value groups, D head size (local: N/TP, G/TP).
+"""
+
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spin_megatron.mcore.varlen import PlanCache, VarlenPlan, gather_keys
+
+BackendName = Literal["cpu_flash", "flash_attn", "transformer_engine", "torch_varlen", "sdpa"]
+Branch = tuple[int, int, int, int]
+_VARLEN: tuple[BackendName, ...] = ("flash_attn", "transformer_engine", "torch_varlen")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The chosen backend and why."""
+
+    name: BackendName
+    reason: str
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, *, head_dim: int, sliding_window: int | None) -> Backend:
+    """The fastest backend that computes this attention here, and the reason to log."""
+    if device.type == "cpu":
+        if hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+            return Backend("cpu_flash", "torch's CPU flash kernel")
+        return Backend("sdpa", f"torch {torch.__version__} has no CPU flash kernel")
+    if device.type != "cuda":
+        return Backend("sdpa", f"no variable-length kernel for {device.type} tensors")
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Backend("sdpa", f"variable-length kernels compute bfloat16 and float16, not {dtype}")
+    if head_dim > 256 or head_dim % 8:
+        return Backend("sdpa", f"variable-length kernels need a head size that is a multiple of 8 and at most 256, not {head_dim}")
+    if _is_installed("flash_attn"):
+        return Backend("flash_attn", "flash-attn is installed")
+    if _is_installed("transformer_engine"):
+        return Backend("transformer_engine", "Transformer Engine is installed, flash-attn is not")
+    return _torch_varlen_or_sdpa(sliding_window)
+
+
+def _torch_varlen_or_sdpa(sliding_window: int | None) -> Backend:
+    if not _is_installed("torch.nn.attention.varlen"):
+        return Backend("sdpa", f"no flash-attn, no Transformer Engine, and torch {torch.__version__} has no varlen_attn")
+    from torch.nn.attention.varlen import varlen_attn
+
+    if sliding_window is not None and "window_size" not in inspect.signature(varlen_attn).parameters:
+        return Backend("sdpa", f"no flash-attn, no Transformer Engine, and varlen_attn of torch {torch.__version__} has no sliding window")
+    return Backend("torch_varlen", "torch's varlen_attn; neither flash-attn nor Transformer Engine is installed")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class BranchAttention(torch.nn.Module):
+    """Megatron Core's `core_attention` (its CoreAttentionBuilder and CoreAttention protocols), over branches.
+
+    The sliding window is Megatron Core's config.window_size = (W - 1, 0): a token sees itself and the W - 1 before it,
+    counted in positions of its own sequence, prefix included.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,  # noqa: ARG002 (Megatron Core names it; branches decide instead)
+        attention_type: str,
+        cp_comm_type: str | None = None,  # noqa: ARG002 (context parallelism is refused below)
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,  # noqa: ARG002 (no collective happens here)
+        *,
+        backend: Backend,
+        plans: PlanCache,
+    ) -> None:
+        super().__init__()
+        assert attention_type == "self", "branches describe self-attention"
+        assert config.context_parallel_size == 1, "packed branches are not split over context-parallel ranks"
+        assert config.attention_dropout == 0.0, "dropout would make reference and policy differ"
+        self.layer_number = layer_number
+        self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        self.window: int | None = None if config.window_size is None else config.window_size[0] + 1
+        self.deterministic = bool(config.deterministic_mode)
+        self.backend = backend
+        self.plans = plans
+        self._te_modules: dict[tuple[int, int], Any] = {}
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        /,
+        *,
+        attn_mask_type: Any = None,  # noqa: ARG002
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_unused: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [T, 1, N, D]; key, value: [T, 1, G, D]. attention_mask: branches_B4, int64 on the CPU.
+
+        Returns:
+            [T, 1, N * D] in query's dtype; exactly 0 for tokens of no branch (padding). Softmax and sums are fp32.
+        """
+        assert attention_bias is None
+        assert packed_seq_params is None
+        assert query.shape[1] == 1, "a micro-batch is one pack"
+        branches_B4 = attention_mask
+        query_TND, key_TGD, value_TGD = (tensor.squeeze(1) for tensor in (query, key, value))
+        if branches_B4.shape[0] == 0:
+            # A pack of padding: no attention, but every parameter before it still gets its (zero) gradient.
+            context_TND = query_TND * 0 + (key_TGD.sum() + value_TGD.sum()) * 0
+        elif self.backend.name in _VARLEN:
+            context_TND = self._varlen(query_TND, key_TGD, value_TGD, self.plans.get(branches_B4, query.device))
+        else:
+            branches = [(prefix_start, prefix, start, length) for prefix_start, prefix, start, length in branches_B4.tolist()]
+            if self.backend.name == "cpu_flash":
+                context_TND = _CpuFlash.apply(query_TND, key_TGD, value_TGD, branches, self.scale, self.window)
+            else:
+                context_TND = attend_by_branch(query_TND, key_TGD, value_TGD, branches, scale=self.scale, window=self.window)
+        return context_TND.reshape(query.shape[0], 1, -1)
+
+    def _varlen(self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, plan: VarlenPlan) -> Tensor:
+        key_KGD, value_KGD = (gather_keys(tensor, plan) for tensor in (key_TGD, value_TGD))
+        context = self._varlen_kernel(plan)(query_TND[: plan.used], key_KGD, value_KGD)
+        return F.pad(context, (0, 0, 0, 0, 0, query_TND.shape[0] - plan.used))
+
+    def _varlen_kernel(self, plan: VarlenPlan) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        if self.backend.name == "flash_attn":
+            return lambda query, key, value: _flash_attn(
+                query, key, value, plan, scale=self.scale, window=self.window, deterministic=self.deterministic
+            )
+        if self.backend.name == "transformer_engine":
+            return lambda query, key, value: self._transformer_engine(query, key, value, plan)
+        return lambda query, key, value: _torch_varlen(query, key, value, plan, scale=self.scale, window=self.window)
+
+    def _transformer_engine(self, query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan) -> Tensor:
+        heads = (query.shape[1], key.shape[1])
+        if heads not in self._te_modules:
+            from transformer_engine.pytorch import DotProductAttention
+
+            # Kept in a plain dict: as a submodule its extra state would appear in checkpoints, under another key than the CPU model's.
+            self._te_modules[heads] = DotProductAttention(
+                num_attention_heads=heads[0],
+                kv_channels=query.shape[2],
+                num_gqa_groups=heads[1],
+                attention_dropout=0.0,
+                qkv_format="thd",
+                attn_mask_type="padding_causal_bottom_right",
+                window_size=_window_pair(self.window),
+                softmax_scale=self.scale,
+                layer_number=self.layer_number,
+            )
+        context: Tensor = self._te_modules[heads](
+            query,
+            key,
+            value,
+            qkv_format="thd",
+            attn_mask_type="padding_causal_bottom_right",
+            cu_seqlens_q=plan.cu_queries_B1,
+            cu_seqlens_kv=plan.cu_keys_B1,
+            max_seqlen_q=plan.max_queries,
+            max_seqlen_kv=plan.max_keys,
+            window_size=_window_pair(self.window),
+        )
+        return context.reshape(query.shape)
+
+
+def _window_pair(window: int | None) -> tuple[int, int]:
+    """(left, right) as flash kernels count it: how many keys before and after the diagonal are seen, -1 for all."""
+    return (-1 if window is None else window - 1, 0)
+
+
+def _flash_attn(
+    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, *, scale: float, window: int | None, deterministic: bool
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    context: Tensor = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        plan.cu_queries_B1,
+        plan.cu_keys_B1,
+        plan.max_queries,
+        plan.max_keys,
+        softmax_scale=scale,
+        causal=True,
+        window_size=_window_pair(window) if window is not None else (-1, -1),
+        deterministic=deterministic,
+    )
+    return context
+
+
+def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, *, scale: float, window: int | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"scale": scale} if "scale" in known else {}
+    if "scale" not in known:  # torch 2.10 scales by 1/sqrt(D) only; fold the difference into the queries
+        query = query * (scale * math.sqrt(query.shape[-1]))
+    # (-1, 0) means causal; older releases have is_causal in its place.
+    options |= {"window_size": _window_pair(window)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    context = varlen_attn(query, key, value, plan.cu_queries_B1, plan.cu_keys_B1, plan.max_queries, plan.max_keys, **options)
+    assert isinstance(context, Tensor)  # a tuple only where auxiliary outputs are asked for
+    return context
+
+
+def attend_by_branch(
+    query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, branches: list[Branch], *, scale: float, window: int | None
+) -> Tensor:
+    """Attend with scaled_dot_product_attention, one call a branch; [T, N, D]. Any device and dtype; differentiable."""
+    contexts: list[Tensor] = []
+    for prefix_start, prefix, start, length in branches:
+        own, before = slice(start, start + length), slice(prefix_start, prefix_start + prefix)
+        query_1NLD = _heads_first(query_TND[own])
+        key_1GLD, value_1GLD = (
+            _heads_first(torch.cat((tensor[before], tensor[own])) if prefix else tensor[own]) for tensor in (key_TGD, value_TGD)
+        )
+        mask = visible_mask(prefix, length, window, query_TND.device) if prefix or _is_cut(prefix + length, window) else None
+        is_grouped = query_1NLD.shape[1] != key_1GLD.shape[1]
+        context_1NLD = F.scaled_dot_product_attention(
+            query_1NLD, key_1GLD, value_1GLD, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=is_grouped
+        )
+        contexts.append(context_1NLD.squeeze(0).transpose(0, 1))
+    used = branches[-1][2] + branches[-1][3]
+    contexts.append(query_TND.new_zeros((query_TND.shape[0] - used, *query_TND.shape[1:])))
+    return torch.cat(contexts)
+
+
+def visible_mask(prefix: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool [length, prefix + length]: which keys of (prefix, itself) each token of a branch sees."""
+    query_positions = torch.arange(prefix, prefix + length, device=device)[:, None]
+    distance = query_positions - torch.arange(prefix + length, device=device)[None, :]
+    return (distance >= 0) & (distance < window) if window is not None else distance >= 0
+
+
+def _is_cut(length: int, window: int | None) -> bool:
+    """Whether the window hides anything in a sequence of this length."""
+    return window is not None and length > window
+
+
+def _heads_first(tensor_LND: Tensor) -> Tensor:
+    """[L, N, D] seen as [1, N, L, D]."""
+    return tensor_LND.transpose(0, 1).unsqueeze(0)
+
+
+class _CpuFlash(torch.autograd.Function):
+    """All branches of a pack with torch's CPU flash kernel; saves query, key, value, output and one log-sum-exp a row and head.
+
+    For a branch with a prefix, softmax over (prefix, itself) is two softmaxes joined: with l = log(exp(l1) + exp(l2)),
+    out = exp(l1 - l) out1 + exp(l2 - l) out2. The kernel's backward forms P = exp(S - l) and dS = P (dP - sum(dout * out)), so given the
+    joined out and l each part's call returns its exact dK and dV and its share of dQ.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, branches: list[Branch], scale: float, window: int | None
+    ) -> Tensor:
+        context_TND = torch.zeros(query_TND.shape, dtype=query_TND.dtype, device=query_TND.device)
+        lse_of_branches: list[Tensor] = []
+        for branch in branches:
+            own = slice(branch[2], branch[2] + branch[3])
+            context, lse = _flash_branch(query_TND[own], key_TGD, value_TGD, branch, scale, window)
+            context_TND[own] = context
+            lse_of_branches.append(lse)
+        ctx.save_for_backward(query_TND, key_TGD, value_TGD, context_TND, *lse_of_branches)
+        ctx.branches, ctx.scale, ctx.window = branches, scale, window
+        return context_TND
+
+    @staticmethod
+    def backward(ctx: Any, grad_TND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query_TND, key_TGD, value_TGD, context_TND, *lse_of_branches = ctx.saved_tensors
+        dquery_TND, dkey_TGD, dvalue_TGD = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (query_TND, key_TGD, value_TGD))
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
+        for branch, lse_1NL in zip(ctx.branches, lse_of_branches, strict=True):
+            own = slice(branch[2], branch[2] + branch[3])
+            grad, query, context = (_heads_first(t[own]) for t in (grad_TND, query_TND, context_TND))
+            for keys, is_causal, mask in _parts(branch, ctx.window, query):
+                key, value = (_heads_first(_taken(tensor, keys)) for tensor in (key_TGD, value_TGD))
+                parts = backward(grad, query, key, value, context, lse_1NL, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
+                dquery, dkey, dvalue = (part.squeeze(0).transpose(0, 1) for part in parts)
+                dquery_TND[own] += dquery
+                _add_back(dkey_TGD, keys, dkey)
+                _add_back(dvalue_TGD, keys, dvalue)
+        return dquery_TND, dkey_TGD, dvalue_TGD, None, None, None
+
+
+def _flash_branch(
+    query_LND: Tensor, key_TGD: Tensor, value_TGD: Tensor, branch: Branch, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """(context [L, N, D], log-sum-exp [1, N, L] fp32) of one branch."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 (scaled_dot_product_attention hides the log-sum-exp)
+    query = _heads_first(query_LND)
+    results = []
+    for keys, is_causal, mask in _parts(branch, window, query):
+        key, value = (_heads_first(_taken(tensor, keys)) for tensor in (key_TGD, value_TGD))
+        results.append(forward(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale))
+    context, lse = results[0]
+    if len(results) == 2:
+        (context_1, lse_1), (context_2, lse_2) = results
+        lse = torch.logaddexp(lse_1, lse_2)
+        weight_1, weight_2 = ((part - lse).exp_().unsqueeze(-1) for part in (lse_1, lse_2))
+        context = context_1 * weight_1 + context_2 * weight_2  # fp32, as the weights are; rounded once when it is stored
+    return context.squeeze(0).transpose(0, 1), lse
+
+
+def _parts(branch: Branch, window: int | None, query: Tensor) -> list[tuple[list[slice], bool, Tensor | None]]:
+    """The kernel calls of a branch: (key ranges, is_causal, additive mask)."""
+    prefix_start, prefix, start, length = branch
+    before, own = slice(prefix_start, prefix_start + prefix), slice(start, start + length)
+    if _is_cut(prefix + length, window):
+        visible = visible_mask(prefix, length, window, query.device)
+        mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
+        return [([before, own], False, mask[None, None])]
+    return ([([before], False, None)] if prefix else []) + [([own], True, None)]
+
+
+def _taken(tensor_TGD: Tensor, keys: list[slice]) -> Tensor:
+    """The rows of the ranges; a view where there is only one."""
+    return tensor_TGD[keys[0]] if len(keys) == 1 else torch.cat([tensor_TGD[part] for part in keys])
+
+
+def _add_back(gradient_TGD: Tensor, keys: list[slice], gradient_LGD: Tensor) -> None:
+    offset = 0
+    for part in keys:
+        count = part.stop - part.start
+        gradient_TGD[part] += gradient_LGD[offset : offset + count]
+        offset += count

@@ -1,0 +1,127 @@
+# ruff: noqa: N815 (fields carry shape suffixes)
+"""Branches as the arguments of a variable-length attention kernel, and the gather of their keys.
+
+Kernels of this kind take queries and keys of many segments end to end, with running sums that say where each begins. A
+branch is a segment whose keys are its prefix and then itself; under a causal mask aligned to the bottom right, as
+flash-attn (since 2.1), Transformer Engine's padding_causal_bottom_right and torch's varlen_attn draw it, each
+query sees the whole prefix and its own past.
+
+Shapes: T tokens of the pack, B branches, G key-value groups (local: G/TP), D head size, K gathered keys.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VarlenPlan:
+    """Where a variable-length kernel finds the branches. cu_*: int32 [B + 1] running sums on the device.
+
+    used: tokens in branches; they are the first of the pack. gather_K: source token of each gathered key, None where every
+    branch's keys are its own tokens. first_T: for each used token the place of its first copy among the gathered keys;
+    again: (tokens, places) of second, third, ... copies, each token at most once per entry.
+    """
+
+    cu_queries_B1: Tensor
+    cu_keys_B1: Tensor
+    max_queries: int
+    max_keys: int
+    used: int
+    gather_K: Tensor | None
+    first_T: Tensor | None
+    again: tuple[tuple[Tensor, Tensor], ...]
+
+
+def plan_varlen(branches_B4: Tensor, device: torch.device) -> VarlenPlan:
+    """Turn branches into the arguments of a variable-length kernel. Branches must follow each other without a gap."""
+    _, prefix_B, start_B, length_B = branches_B4.unbind(1)
+    ends_B = length_B.cumsum(0)
+    assert torch.equal(start_B, ends_B - length_B), "branches must cover the pack's first tokens in order"
+    keys_B = prefix_B + length_B
+
+    def on_device(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    gather_K = first_T = None
+    again: tuple[tuple[Tensor, Tensor], ...] = ()
+    if int(prefix_B.max()) > 0:
+        ranges = branches_B4.reshape(-1, 2).tolist()  # (prefix_start, prefix_length) and (start, length) of each branch in turn
+        gather_K = torch.cat([torch.arange(start, start + count) for start, count in ranges])
+        copies = _copies(gather_K)
+        first_T, again = on_device(copies[0][1]), tuple((on_device(tokens), on_device(places)) for tokens, places in copies[1:])
+        gather_K = on_device(gather_K)
+    return VarlenPlan(
+        cu_queries_B1=on_device(F.pad(ends_B, (1, 0)).to(torch.int32)),
+        cu_keys_B1=on_device(F.pad(keys_B.cumsum(0), (1, 0)).to(torch.int32)),
+        max_queries=int(length_B.max()),
+        max_keys=int(keys_B.max()),
+        used=int(ends_B[-1]),
+        gather_K=gather_K,
+        first_T=first_T,
+        again=again,
+    )
+
+
+def _copies(gather_K: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Group the places of gather_K by how often their token stood before: entry n holds (tokens, places) of the n-th copies."""
+    order = torch.argsort(gather_K, stable=True)
+    tokens = gather_K[order]
+    is_new = torch.ones_like(tokens, dtype=torch.bool)
+    is_new[1:] = tokens[1:] != tokens[:-1]
+    start_of_run = torch.where(is_new, torch.arange(tokens.numel()), 0).cummax(0).values
+    occurrence = torch.arange(tokens.numel()) - start_of_run
+    return [(tokens[occurrence == n], order[occurrence == n]) for n in range(int(occurrence.max()) + 1)]
+
+
+class PlanCache:
+    """Plans of the packs in flight, so that the layers of a model (and their recomputation) share one.
+
+    Found by content: a recomputed layer is given another tensor object with the same branches.
+    """
+
+    def __init__(self, capacity: int = 64) -> None:
+        self._capacity = capacity
+        self._plans: OrderedDict[tuple[bytes, str], VarlenPlan] = OrderedDict()
+
+    def get(self, branches_B4: Tensor, device: torch.device) -> VarlenPlan:
+        key = (branches_B4.numpy().tobytes(), str(device))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = plan_varlen(branches_B4, device)
+            while len(self._plans) > self._capacity:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return plan
+
+
+def gather_keys(keys_TGD: Tensor, plan: VarlenPlan) -> Tensor:
+    """Keys (or values) of all branches one after the other, each with its prefix before it: [K, G, D].
+
+    The backward sums the copies of a prefix token in a fixed order, unlike index_select's, whose atomic adds differ from run to run.
+    """
+    if plan.gather_K is None:
+        return keys_TGD[: plan.used]
+    gathered: Tensor = _GatherKeys.apply(keys_TGD, plan)
+    return gathered
+
+
+class _GatherKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keys_TGD: Tensor, plan: VarlenPlan) -> Tensor:
+        assert plan.gather_K is not None
+        ctx.plan, ctx.num_tokens = plan, keys_TGD.shape[0]
+        return keys_TGD.index_select(0, plan.gather_K)
+
+    @staticmethod
+    def backward(ctx: Any, grad_KGD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        plan: VarlenPlan = ctx.plan
+        assert plan.first_T is not None
+        grad_TGD = F.pad(grad_KGD.index_select(0, plan.first_T), (0, 0, 0, 0, 0, ctx.num_tokens - plan.used))
+        for tokens, places in plan.again:  # tokens are unique within an entry, so this add has one order
+            grad_TGD.index_add_(0, tokens, grad_KGD.index_select(0, places))
+        return grad_TGD, None
