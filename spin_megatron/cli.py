@@ -51,6 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="for programs")
     status.set_defaults(handler=_lazy("spin_megatron.report.status", "command"))
 
+    report = verbs.add_parser("report", help="draw the run's curves as pictures below RUN_DIR/report")
+    report.add_argument("run_dir", type=Path)
+    report.set_defaults(handler=_lazy("spin_megatron.report.curves", "command"))
+
     for verb, text in _STAGE_VERBS.items():
         stage = verbs.add_parser(verb, help=text)
         stage.add_argument("--run-dir", type=Path, required=True)

@@ -55,6 +55,10 @@ class RunLayout:
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
     def theta(self, iteration: int) -> Path:
         """Folder of the export stage that makes theta_{iteration}."""
         return self.root / "models" / f"theta_{iteration}"
