@@ -1,0 +1,240 @@
+"""`spin-megatron plan CONFIG --gpus N --gpu NAME`: which layouts of N GPUs fit, how fast each is, and what the whole run costs.
+
+Also what `check` and `submit` call: `check_config_fits` refuses a config whose layout cannot fit.
+"""
+
+import argparse
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from spin_megatron.config import RunConfig, load_config
+from spin_megatron.plan.duration import IterationTime, RunSettings, Storage, Workload, engine_tensor, gpu_hours, run_time
+from spin_megatron.plan.hardware import GIGA, GPUS, Gpu, find_gpu
+from spin_megatron.plan.layouts import Candidate, Question, Search, check_fits, describe, search
+from spin_megatron.plan.memory import RankMemory, Recompute, TrainSettings, all_ranks
+from spin_megatron.plan.shape import ModelShape
+
+logger = logging.getLogger(__name__)
+
+# First turns of UltraChat, the data of the paper: mean tokens of prompts and answers, and its number of prompts.
+DEFAULT_PROMPT_TOKENS = 123
+DEFAULT_ANSWER_TOKENS = 314
+DEFAULT_EXAMPLES = 50_000
+# The engine that decodes eagerly on one GPU, and those that are built before they are loaded.
+_EAGER_ENGINE = "builtin"
+_BUILT_ENGINES = ("trtllm", "trtllm-engine")
+# Engines with in-flight batching run as many sequences as fit; vLLM starts at most this many (its default max_num_seqs).
+_IN_FLIGHT_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the config does not say about the data: number of prompts, mean tokens of prompts, human and generated answers."""
+
+    examples: int
+    prompt_tokens: float
+    real_tokens: float
+    generated_tokens: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer: every layout, and the best one's memory by rank and stages by iteration (empty when nothing fits)."""
+
+    question: Question
+    num_gpus: int
+    search: Search
+    ranks: list[RankMemory]
+    iterations: list[IterationTime]
+    warnings: list[str]
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the verb's options to the command line."""
+    parser: argparse.ArgumentParser = subparsers.add_parser("plan", help="which layouts fit on N GPUs, how fast, and what the run costs")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of training")
+    parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)}")
+    parser.add_argument("--model-config", type=Path, metavar="JSON", help="a config.json, when model.path is not on this machine")
+    parser.add_argument("--precision", choices=("bfloat16", "float32", "fp8"), help="default: train.dtype")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), help="only this mode; default: the fastest that fits")
+    parser.add_argument("--examples", type=int, metavar="N", help="default: data.num_examples, or 50000")
+    parser.add_argument("--prompt-tokens", type=float, metavar="MEAN", help=f"default: {DEFAULT_PROMPT_TOKENS}, or the cap if that is less")
+    parser.add_argument("--answer-tokens", type=float, metavar="MEAN", help=f"default: {DEFAULT_ANSWER_TOKENS}, or the cap if that is less")
+    parser.add_argument("--generated-tokens", type=float, metavar="MEAN", help="default: as --answer-tokens")
+    parser.add_argument("--read-gb", type=float, default=5.0, metavar="GB/s", help="what the storage reads, all ranks together")
+    parser.add_argument("--write-gb", type=float, default=2.0, metavar="GB/s", help="what it writes")
+    parser.add_argument("--top", type=int, default=10, metavar="K", help="layouts shown")
+    parser.add_argument("--refused", action="store_true", help="show every refused layout with its reason")
+    parser.add_argument("--json", action="store_true", help="for programs: everything, as JSON")
+    parser.add_argument("--set", dest="overrides", metavar="SECTION.KEY=VALUE", action="append", default=[], help="override one setting")
+    parser.set_defaults(handler=command)
+    return parser
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Plan and print; 0, or 2 when no layout fits."""
+    config = load_config(arguments.config, arguments.overrides)
+    shape = model_shape(config, arguments.model_config)
+    question = make_question(config, shape, find_gpu(arguments.gpu), lengths_of(config, arguments), precision=arguments.precision)
+    storage = Storage(arguments.read_gb * GIGA, arguments.write_gb * GIGA)
+    plan = make_plan(config, question, arguments.gpus, storage=storage, recompute=arguments.recompute)
+    if arguments.json:
+        print(json.dumps(as_json(plan), indent=2))  # noqa: T201 (the answer of the command)
+    else:
+        from spin_megatron.plan.tables import print_plan
+
+        print_plan(plan, top=arguments.top, show_refused=arguments.refused)
+    return 0 if plan.search.candidates else 2
+
+
+def model_shape(config: RunConfig, model_config: Path | None = None) -> ModelShape:
+    """The base model's shape: from `model_config`, the config's folder, or the hub's cache on this machine.
+
+    Raises:
+        ValueError: none of them is there, or the model is not one we compute.
+    """
+    if model_config is not None:
+        if not model_config.is_file():
+            raise ValueError(f"--model-config {model_config} does not exist; give the model's config.json.")
+        return ModelShape.from_config(json.loads(model_config.read_text(encoding="utf-8")), str(model_config))
+    folder = Path(config.model.path)
+    if folder.is_dir():
+        return ModelShape.from_huggingface(folder)
+    cached = Path.home() / ".cache/huggingface/hub" / f"models--{config.model.path.replace('/', '--')}" / "snapshots"
+    snapshots = sorted(cached.glob(f"{config.model.revision or '*'}/config.json"))
+    if snapshots:
+        return ModelShape.from_huggingface(snapshots[-1].parent)
+    raise ValueError(
+        f"model.path={config.model.path} is not on this machine; give --model-config with the model's config.json "
+        "(a few kB: no weights are needed to plan)."
+    )
+
+
+def lengths_of(config: RunConfig, arguments: argparse.Namespace) -> Lengths:
+    """Lengths from the command line, else the defaults, never beyond the config's caps."""
+    prompt = arguments.prompt_tokens or min(DEFAULT_PROMPT_TOKENS, config.data.max_prompt_tokens)
+    answer = arguments.answer_tokens or min(DEFAULT_ANSWER_TOKENS, config.data.max_response_tokens)
+    examples = arguments.examples or config.data.num_examples or DEFAULT_EXAMPLES
+    lengths = Lengths(examples, prompt, answer, arguments.generated_tokens or answer)
+    for name, mean, cap, field in (
+        ("--prompt-tokens", lengths.prompt_tokens, config.data.max_prompt_tokens, "data.max_prompt_tokens"),
+        ("--answer-tokens", lengths.real_tokens, config.data.max_response_tokens, "data.max_response_tokens"),
+        ("--generated-tokens", lengths.generated_tokens, config.data.max_response_tokens, "data.max_response_tokens"),
+    ):
+        if not 0 < mean <= cap:
+            raise ValueError(f"{name} {mean:g} must be positive and at most {field}={cap}; it is a mean, the cap holds for every one.")
+    return lengths
+
+
+def make_question(config: RunConfig, shape: ModelShape, gpu: Gpu, lengths: Lengths, *, precision: str | None = None) -> Question:
+    """What the config asks for, layout left open.
+
+    Raises:
+        ValueError: FP8 on a GPU without it.
+    """
+    if precision == "fp8" and gpu.fp8_flops is None:
+        raise ValueError(f"--precision fp8: {gpu.name} has no FP8 tensor cores; use bfloat16.")
+    scalars = [config.at(iteration) for iteration in range(config.run.iterations)]
+    workload = Workload(
+        prompts=lengths.examples,
+        prompt_tokens=lengths.prompt_tokens,
+        real_tokens=lengths.real_tokens,
+        generated_tokens=lengths.generated_tokens,
+        train_pairs=tuple(lengths.examples * min(at.window, at.iteration + 1) for at in scalars),
+        epochs=tuple(at.stop_epoch for at in scalars),
+        held_out=config.data.num_held_out,
+    )
+    settings = TrainSettings(
+        pack_tokens=config.train.pack_tokens,
+        micro_batches=1,
+        precision=precision or config.train.dtype,  # type: ignore[arg-type]
+        recompute=config.train.recompute,
+        optimizer=config.optimizer.name,
+        distributed_optimizer=config.train.distributed_optimizer,
+    )
+    return Question(shape, gpu, settings, workload, config.train.global_batch_pairs, config.train.share_prompt)
+
+
+def make_plan(config: RunConfig, question: Question, num_gpus: int, *, storage: Storage, recompute: Recompute | None = None) -> Plan:
+    """Search the layouts and time the whole run with the best one."""
+    found = search(question, num_gpus, recompute=recompute)
+    if not found.candidates:
+        return Plan(question, num_gpus, found, [], [], [])
+    best = found.candidates[0]
+    engine, warnings = config.generate.engine, []
+    is_eager = engine == _EAGER_ENGINE
+    if is_eager and engine_tensor(question.shape, question.gpu) > 1:
+        is_eager = False
+        warnings.append(
+            f"generate.engine={engine} runs on one GPU, where this model's weights leave too little room; the times are those of an "
+            "engine with tensor parallelism: set generate.engine to one (docs/planner.md)."
+        )
+    run = RunSettings(
+        engine_kind="eager" if is_eager else "compiled",
+        engine_is_built=engine in _BUILT_ENGINES,
+        max_batch=config.generate.batch_size if is_eager else max(config.generate.batch_size, _IN_FLIGHT_BATCH),
+        save_every_steps=config.train.save_every_steps,
+        storage=storage,
+    )
+    iterations = run_time(question.shape, best.layout, best.settings, question.gpu, workload=question.workload, batch=best.batch, run=run)
+    return Plan(question, num_gpus, found, all_ranks(question.shape, best.layout, best.settings), iterations, warnings)
+
+
+def check_config_fits(config: RunConfig, gpu_name: str, *, model_config: Path | None = None) -> Candidate:
+    """Refuse a config whose [parallel] does not fit on the GPUs it will run on; `check` and `submit` call it.
+
+    Lengths are the defaults of `plan`: memory depends on them only through the number of packs an update has.
+
+    Raises:
+        ValueError: it does not fit; the message names the parts of the memory and a layout that fits.
+    """
+    shape = model_shape(config, model_config)
+    lengths = Lengths(
+        config.data.num_examples or DEFAULT_EXAMPLES,
+        min(DEFAULT_PROMPT_TOKENS, config.data.max_prompt_tokens),
+        min(DEFAULT_ANSWER_TOKENS, config.data.max_response_tokens),
+        min(DEFAULT_ANSWER_TOKENS, config.data.max_response_tokens),
+    )
+    question = make_question(config, shape, find_gpu(gpu_name), lengths)
+    return check_fits(question, config.parallel.layout(), config.train.recompute)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values; sizes in bytes, times in seconds."""
+    question = plan.question
+    return {
+        "gpus": plan.num_gpus,
+        "gpu": asdict(question.gpu),
+        "model": asdict(question.shape),
+        "workload": asdict(question.workload),
+        "layouts": [candidate_json(candidate, plan.num_gpus, question.gpu) for candidate in plan.search.candidates],
+        "refused": [{"layout": asdict(refusal.layout), "reason": refusal.reason} for refusal in plan.search.refusals],
+        "best": describe(plan.search.candidates[0]) if plan.search.candidates else None,
+        "ranks": [_memory_json(memory) for memory in plan.ranks],
+        "iterations": [asdict(iteration) | {"total": iteration.total} for iteration in plan.iterations],
+        "gpu_hours": gpu_hours(plan.iterations, plan.num_gpus),
+        "warnings": plan.warnings,
+    }
+
+
+def candidate_json(candidate: Candidate, num_gpus: int, gpu: Gpu) -> dict[str, Any]:
+    """One layout with its rates, as plain values."""
+    step = candidate.step
+    return {
+        "layout": asdict(candidate.layout),
+        "recompute": candidate.settings.recompute,
+        "batch": asdict(candidate.batch),
+        "memory": _memory_json(candidate.memory),
+        "step": asdict(step) | {"total": step.total, "bubble_share": step.bubble_share},
+        "tokens_per_second_per_gpu": step.tokens_per_second(num_gpus),
+        "model_flops_utilisation": step.utilisation(num_gpus, gpu),
+        "pairs_per_second": candidate.pairs_per_second,
+    }
+
+
+def _memory_json(memory: RankMemory) -> dict[str, Any]:
+    return asdict(memory) | {"total": memory.total}

@@ -1,0 +1,205 @@
+"""Every layout of a model on a number of GPUs: which fit and how fast each is, which do not and why.
+
+A layout is refused when it does not divide the model or the GPUs, when an update would hold far more pairs than asked for,
+when the interleaved schedule cannot run, or when a rank's memory does not fit. The rest are ranked by time a trained pair.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from spin_megatron.plan.duration import Batch, Workload, plan_batch, with_workload
+from spin_megatron.plan.hardware import GIGA, Gpu
+from spin_megatron.plan.memory import USABLE_SHARE, RankMemory, Recompute, TrainSettings, rank_memory
+from spin_megatron.plan.shape import ModelShape, ParallelLayout
+from spin_megatron.plan.speed import StepTime, step_time
+
+# From fastest to smallest: the first that fits is the fastest that fits.
+RECOMPUTE_ORDER: tuple[Recompute, ...] = ("none", "selective", "full")
+# An update may hold this many times the pairs of train.global_batch_pairs before the layout is refused: it would be another recipe.
+MAX_BATCH_GROWTH = 1.25
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be trained: everything but the layout. settings: micro_batches and lengths in it are taken from workload."""
+
+    shape: ModelShape
+    gpu: Gpu
+    settings: TrainSettings
+    workload: Workload
+    global_batch_pairs: int
+    share_prompt: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that fits. memory: of the pipeline rank that needs most."""
+
+    layout: ParallelLayout
+    settings: TrainSettings
+    batch: Batch
+    memory: RankMemory
+    step: StepTime
+
+    @property
+    def pairs_per_second(self) -> float:
+        return self.batch.pairs_per_step / self.step.total
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A layout that was refused, and the reason for a person."""
+
+    layout: ParallelLayout
+    reason: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """candidates: fastest first."""
+
+    candidates: list[Candidate]
+    refusals: list[Refusal]
+
+
+def search(question: Question, num_gpus: int, *, recompute: Recompute | None = None) -> Search:
+    """Try every layout of the GPUs.
+
+    Args:
+        recompute: only this mode; None: the fastest that fits.
+
+    Raises:
+        ValueError: num_gpus is not positive.
+    """
+    if num_gpus < 1:
+        raise ValueError(f"--gpus {num_gpus} must be at least 1.")
+    candidates: list[Candidate] = []
+    refusals: list[Refusal] = []
+    for layout in enumerate_layouts(question.shape, num_gpus, question.gpu):
+        outcome = try_layout(question, layout, recompute=recompute)
+        (candidates if isinstance(outcome, Candidate) else refusals).append(outcome)  # type: ignore[arg-type]
+    candidates.sort(key=lambda candidate: (-candidate.pairs_per_second, candidate.memory.total))
+    return Search(candidates, refusals)
+
+
+def enumerate_layouts(shape: ModelShape, num_gpus: int, gpu: Gpu) -> Iterator[ParallelLayout]:
+    """Layouts whose ranks are num_gpus: tensor ranks within a server, stages of at least a layer, data ranks for the rest.
+
+    Sequence parallelism goes with tensor parallelism: it moves as many bytes and stores fewer. Context parallelism is 1: packed
+    pairs are not split over ranks (mcore/attention.py). Virtual stages: the divisors of a rank's layers.
+    """
+    for tensor in _divisors(num_gpus):
+        if tensor > min(gpu.gpus_per_node, shape.num_heads):
+            continue
+        for pipeline in _divisors(num_gpus // tensor):
+            if pipeline > shape.num_layers:
+                continue
+            data = num_gpus // tensor // pipeline
+            layers = shape.num_layers // pipeline
+            virtual = _divisors(layers) if pipeline > 1 and shape.num_layers % pipeline == 0 else [1]
+            experts = [1] if shape.num_experts is None else [n for n in _divisors(data) if shape.num_experts % n == 0]
+            for virtual_pipeline in virtual:
+                for expert in experts:
+                    yield ParallelLayout(tensor, pipeline, data, tensor > 1, 1, expert, virtual_pipeline)
+
+
+def try_layout(question: Question, layout: ParallelLayout, *, recompute: Recompute | None = None) -> Candidate | Refusal:
+    """Check one layout; with its rates when it fits, with the reason when it does not."""
+    try:
+        layout.check(question.shape)
+    except ValueError as error:
+        return Refusal(layout, str(error))
+    batch = plan_batch(
+        question.workload,
+        pack_tokens=question.settings.pack_tokens,
+        global_batch_pairs=question.global_batch_pairs,
+        data_parallel=layout.data,
+        share_prompt=question.share_prompt,
+    )
+    reason = _batch_reason(question, layout, batch)
+    if reason is not None:
+        return Refusal(layout, reason)
+    settings = with_workload(question.settings, question.workload, batch, share_prompt=question.share_prompt)
+    worst: RankMemory | None = None
+    for mode in RECOMPUTE_ORDER if recompute is None else (recompute,):
+        chosen = replace(settings, recompute=mode)
+        worst = largest_rank(question.shape, layout, chosen)
+        if worst.total <= usable_bytes(question.gpu):
+            return Candidate(layout, chosen, batch, worst, step_time(question.shape, layout, chosen, question.gpu))
+    assert worst is not None
+    return Refusal(layout, memory_reason(worst, question.gpu, recompute or RECOMPUTE_ORDER[-1]))
+
+
+def _batch_reason(question: Question, layout: ParallelLayout, batch: Batch) -> str | None:
+    if batch.pairs_per_step > MAX_BATCH_GROWTH * question.global_batch_pairs and batch.micro_batches == 1 and layout.data > 1:
+        return (
+            f"parallel.data={layout.data} packs of {batch.pairs_per_pack:.1f} pairs make {batch.pairs_per_step:.0f} pairs an update, "
+            f"train.global_batch_pairs={question.global_batch_pairs} was asked for; raise it, lower train.pack_tokens or parallel.data."
+        )
+    if layout.virtual_pipeline > 1 and batch.micro_batches % layout.pipeline:
+        return (
+            f"parallel.virtual_pipeline={layout.virtual_pipeline} needs micro-batches in multiples of parallel.pipeline={layout.pipeline}, "
+            f"an update has {batch.micro_batches}; change train.global_batch_pairs, or use parallel.virtual_pipeline=1."
+        )
+    return None
+
+
+def largest_rank(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings) -> RankMemory:
+    """The pipeline rank that needs most memory: the first, the second (like all inner ones, with more in flight) or the last."""
+    ranks = sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
+    return max((rank_memory(shape, layout, settings, rank) for rank in ranks), key=lambda memory: memory.total)
+
+
+def usable_bytes(gpu: Gpu) -> float:
+    """What a rank may need: the GPU's memory less the margin for what the model of memory does not know."""
+    return USABLE_SHARE * gpu.memory_bytes
+
+
+def memory_reason(memory: RankMemory, gpu: Gpu, recompute: Recompute) -> str:
+    """Why a layout does not fit, with the largest parts."""
+    state = memory.state
+    return (
+        f"pipeline rank {memory.pipeline_rank} needs {memory.total / GIGA:.1f} GB (weights {state.weights / GIGA:.1f}, "
+        f"gradients {state.gradients / GIGA:.1f}, optimizer {state.optimizer / GIGA:.1f}, activations {memory.activations / GIGA:.1f} "
+        f"with train.recompute={recompute}, rest {(memory.total - state.total - memory.activations) / GIGA:.1f}), "
+        f"{gpu.name} has {usable_bytes(gpu) / GIGA:.1f} GB to use"
+    )
+
+
+def check_fits(question: Question, layout: ParallelLayout, recompute: Recompute) -> Candidate:
+    """The layout's candidate.
+
+    Raises:
+        ValueError: the layout cannot run or does not fit. The message says why and names a layout of the same GPUs that fits.
+    """
+    outcome = try_layout(question, layout, recompute=recompute)
+    if isinstance(outcome, Candidate):
+        return outcome
+    found = search(question, layout.world_size).candidates
+    if found:
+        cure = f"on {layout.world_size} GPUs this fits: {describe(found[0])}."
+    else:
+        cure = f"no layout of {layout.world_size} GPUs fits; use more or larger GPUs, or a smaller train.pack_tokens."
+    raise ValueError(f"[parallel] {_fields(layout)}: {outcome.reason.rstrip('.')}; {cure}")
+
+
+def describe(candidate: Candidate) -> str:
+    """A candidate as the config fields that ask for it."""
+    return f"{_fields(candidate.layout)} train.recompute={candidate.settings.recompute}"
+
+
+def _fields(layout: ParallelLayout) -> str:
+    fields = {
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "data": layout.data,
+        "virtual_pipeline": layout.virtual_pipeline,
+        "expert": layout.expert,
+        "context": layout.context,
+    }
+    shown = [f"{name}={value}" for name, value in fields.items() if value > 1 or name in ("tensor", "pipeline", "data")]
+    return " ".join([*shown, f"sequence={str(layout.sequence).lower()}"])
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,147 @@
+"""The plan as tables for a person."""
+
+from rich.console import Console
+from rich.table import Table
+
+from spin_megatron.plan.command import Plan
+from spin_megatron.plan.duration import IterationTime, engine_tensor, gpu_hours
+from spin_megatron.plan.hardware import GIGA
+from spin_megatron.plan.layouts import Candidate, Refusal, describe, usable_bytes
+from spin_megatron.plan.memory import RankMemory
+from spin_megatron.plan.parameters import count_parameters
+from spin_megatron.plan.shape import ParallelLayout
+
+# Wide enough for every column, so that a plan in a file or a pipe is not cut.
+_WIDTH = 132
+_REFUSED_SHOWN = 5
+_LAYOUT_COLUMNS = ("TP", "PP", "VP", "DP", "EP", "recompute", "GB/GPU")
+_RATE_COLUMNS = ("pairs/update", "s/update", "tokens/s/GPU", "MFU", "bubble", "pairs/s")
+_MEMORY_COLUMNS = ("G parameters", "weights", "gradients", "optimizer", "activations", "head", "buffers", "context", "total", "of usable")
+_STAGE_COLUMNS = ("engine", "generate", "reference", "train", "checkpoints", "export", "evaluate", "total")
+
+
+def print_plan(plan: Plan, *, top: int, show_refused: bool) -> None:
+    """Print layouts, the best one's memory and time, the run's stages, and the refused layouts."""
+    console = Console(width=_WIDTH, highlight=False)
+    console.print(_headline(plan))
+    candidates = plan.search.candidates
+    if candidates:
+        console.print(_layouts_table(plan, top))
+        best = candidates[0]
+        console.print(f"[bold]Best:[/bold] {describe(best)}", soft_wrap=True)
+        console.print(_memory_table(plan))
+        console.print(_step_line(best, plan))
+        console.print(_run_table(plan.iterations, plan.num_gpus))
+        for warning in plan.warnings:
+            console.print(f"[bold]Note:[/bold] {warning}", soft_wrap=True)
+    else:
+        console.print(f"[bold]No layout of {plan.num_gpus} {plan.question.gpu.name} fits.[/bold]")
+    _print_refusals(console, plan.search.refusals, everything=show_refused or not candidates)
+
+
+def _headline(plan: Plan) -> str:
+    question, workload = plan.question, plan.question.workload
+    shape = question.shape
+    tensor = engine_tensor(shape, question.gpu)
+    return (
+        f"{shape.family}, {count_parameters(shape) / GIGA:.2f} G parameters, {question.settings.precision}, "
+        f"{question.settings.optimizer}; {plan.num_gpus} x {question.gpu.name}\n"
+        f"{workload.prompts} prompts; mean tokens: prompt {workload.prompt_tokens:g}, answer {workload.real_tokens:g}, generated "
+        f"{workload.generated_tokens:g}; packs of {question.settings.pack_tokens}; {question.global_batch_pairs} pairs an update; "
+        f"generation with {max(plan.num_gpus // tensor, 1)} engines of {tensor} GPUs"
+    )
+
+
+def _layouts_table(plan: Plan, top: int) -> Table:
+    candidates = plan.search.candidates
+    table = Table(title=f"{len(candidates)} layouts fit, {len(plan.search.refusals)} are refused; the {min(top, len(candidates))} fastest")
+    for name in (*_LAYOUT_COLUMNS, *_RATE_COLUMNS):
+        table.add_column(name, justify="right")
+    for candidate in candidates[:top]:
+        layout, step = candidate.layout, candidate.step
+        table.add_row(
+            f"{layout.tensor}{' SP' if layout.sequence else ''}",
+            str(layout.pipeline),
+            str(layout.virtual_pipeline),
+            str(layout.data),
+            str(layout.expert),
+            candidate.settings.recompute,
+            f"{candidate.memory.total / GIGA:.1f}",
+            f"{candidate.batch.pairs_per_step:.0f}",
+            f"{step.total:.2f}",
+            f"{step.tokens_per_second(plan.num_gpus):,.0f}",
+            f"{step.utilisation(plan.num_gpus, plan.question.gpu):.1%}",
+            f"{step.bubble_share:.1%}",
+            f"{candidate.pairs_per_second:.1f}",
+        )
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    """GB of the first, an inner and the last pipeline rank."""
+    usable = usable_bytes(plan.question.gpu)
+    table = Table(title=f"Memory, GB a GPU; {usable / GIGA:.1f} may be used of {plan.question.gpu.name}")
+    table.add_column("pipeline rank")
+    for name in _MEMORY_COLUMNS:
+        table.add_column(name, justify="right")
+    for label, memory in _chosen_ranks(plan.ranks):
+        state = memory.state
+        parts = (state.weights, state.gradients, state.optimizer, memory.activations, memory.head, memory.communication, memory.context)
+        cells = [f"{part / GIGA:.2f}" for part in parts]
+        table.add_row(label, f"{state.num_parameters / GIGA:.3f}", *cells, f"{memory.total / GIGA:.2f}", f"{memory.total / usable:.0%}")
+    return table
+
+
+def _chosen_ranks(ranks: list[RankMemory]) -> list[tuple[str, RankMemory]]:
+    if len(ranks) == 1:
+        return [("0 (only)", ranks[0])]
+    inner = [(f"1 to {len(ranks) - 2} (inner)", ranks[1])] if len(ranks) > 2 else []
+    return [("0 (first)", ranks[0]), *inner, (f"{len(ranks) - 1} (last)", ranks[-1])]
+
+
+def _step_line(best: Candidate, plan: Plan) -> str:
+    step = best.step
+    parts = {
+        "layers and head": step.compute,
+        "tensor collectives": step.tensor,
+        "bubble": step.bubble,
+        "stage to stage": step.pipeline,
+        "data ranks": step.data,
+        "optimizer": step.optimizer,
+    }
+    named = ", ".join(f"{name} {seconds / step.total:.0%}" for name, seconds in parts.items() if seconds / step.total >= 0.005)
+    return (
+        f"Update: {step.total:.2f} s for {best.batch.pairs_per_step:.0f} pairs in {best.batch.micro_batches} packs a data rank ({named}); "
+        f"slowest stage {step.imbalance - 1:.0%} above the mean; {step.utilisation(plan.num_gpus, plan.question.gpu):.1%} MFU"
+    )
+
+
+def _run_table(iterations: list[IterationTime], num_gpus: int) -> Table:
+    table = Table(title=f"Whole run: {gpu_hours(iterations, num_gpus):,.0f} GPU-hours; hours by stage")
+    for name in ("iteration", "updates", *_STAGE_COLUMNS, "GPU-hours"):
+        table.add_column(name, justify="right")
+    for number, time in enumerate(iterations):
+        stages = (time.engine, time.generate, time.reference, time.train, time.checkpoint, time.export, time.evaluate, time.total)
+        hours = [f"{seconds / 3600:.2f}" for seconds in stages]
+        table.add_row(str(number), str(time.steps), *hours, f"{time.total * num_gpus / 3600:,.0f}")
+    return table
+
+
+def _print_refusals(console: Console, refusals: list[Refusal], *, everything: bool) -> None:
+    shown = refusals if everything else refusals[:_REFUSED_SHOWN]
+    if not shown:
+        return
+    table = Table(title="Refused")
+    table.add_column("layout", no_wrap=True)
+    table.add_column("reason")
+    for refusal in shown:
+        table.add_row(_short(refusal.layout), refusal.reason)
+    console.print(table)
+    if len(shown) < len(refusals):
+        console.print(f"{len(refusals) - len(shown)} more: --refused shows them.")
+
+
+def _short(layout: ParallelLayout) -> str:
+    virtual = f" VP{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else ""
+    expert = f" EP{layout.expert}" if layout.expert > 1 else ""
+    return f"TP{layout.tensor} PP{layout.pipeline}{virtual} DP{layout.data}{expert}"
