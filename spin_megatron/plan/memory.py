@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spin_megatron.plan.hardware import GIB
-from spin_megatron.plan.parameters import Buffer, Parameter, build_buffer, layers_per_chunk, padded_vocab, rank_parameters, split_by_kind
+from spin_megatron.plan.parameters import (
+    Buffer,
+    Parameter,
+    build_buffer,
+    chunk_parameters,
+    layers_per_chunk,
+    padded_vocab,
+    rank_parameters,
+    split_by_kind,
+)
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 
 Precision = Literal["float32", "bfloat16", "fp8"]
@@ -42,6 +51,7 @@ class TrainSettings:
     shared_prefix: prompt tokens a pack's answers look back at, as a share of its tokens: their keys and values are copied.
     gradient_bytes: of the gradient that is reduced over data ranks; 4, fp32, is what this project trains with.
     keys_per_token: keys a token attends to on average; half a sequence where sequences are packed whole.
+    fused_gradients: products of the backward add to the fp32 gradient buffer themselves (apex or Transformer Engine kernels).
     recompute_logits: the head's backward makes the logits again instead of keeping them, as objective/logprobs.py does.
     overlap_*: collectives run beside computation. Tensor: Transformer Engine's user buffers.
     """
@@ -56,6 +66,7 @@ class TrainSettings:
     shared_prefix: float = 0.0
     gradient_bytes: int = FLOAT32_BYTES
     keys_per_token: float = 512.0
+    fused_gradients: bool = False
     recompute_logits: bool = True
     overlap_tensor: bool = False
     overlap_pipeline: bool = False
@@ -144,11 +155,15 @@ class LayerWidths:
     checkpoint: float
 
     def token_bytes(self, element_bytes: int, recompute: Recompute) -> float:
-        """Bytes a token leaves in a layer. Selective recompute drops the attention's statistics only: flash attention keeps no more."""
+        """Bytes a token leaves in a layer. Selective recompute drops what is inside the MLP or the experts (mcore/model.py)."""
         if recompute == "full":
             return self.checkpoint * element_bytes
-        kept = (self.residual + self.attention + self.mlp) * element_bytes
-        return kept if recompute == "selective" else kept + self.statistics * FLOAT32_BYTES
+        kept = (self.residual + self.attention) * element_bytes + self.statistics * FLOAT32_BYTES
+        return kept if recompute == "selective" else kept + self.mlp * element_bytes
+
+    def recomputed_bytes(self, element_bytes: int, recompute: Recompute) -> float:
+        """Bytes a token takes in the one layer that is being computed again."""
+        return 0.0 if recompute == "none" else self.token_bytes(element_bytes, "none") - self.token_bytes(element_bytes, recompute)
 
 
 def layer_widths(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings) -> LayerWidths:
@@ -201,8 +216,10 @@ def activation_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainS
     widths = layer_widths(shape, layout, settings)
     in_flight = chunks_in_flight(layout, pipeline_rank, settings.micro_batches)
     kept = in_flight * layers_per_chunk(shape, layout) * tokens * widths.token_bytes(element, settings.recompute)
-    if settings.recompute == "full":
-        kept += tokens * widths.token_bytes(element, "none")
+    kept += tokens * widths.recomputed_bytes(element, settings.recompute)
+    if not settings.fused_gradients:
+        # The largest matrix's gradient in bf16, before it is added to the fp32 buffer.
+        kept += max(p.numel for p in chunk_parameters(shape, layout, pipeline_rank) if p.name.startswith("decoder.")) * element
     if pipeline_rank == 0:
         # The embedding's output, for each micro-batch in flight.
         kept += min(layout.pipeline, settings.micro_batches) * tokens * widths.checkpoint * element

@@ -5,11 +5,11 @@ data sheet's peak times one share; the shares are fitted once to published runs 
 which tests/unit/test_plan_published.py holds within 20%. Formulas, sources and the table: docs/planner.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spin_megatron.plan.hardware import Gpu
-from spin_megatron.plan.memory import FLOAT32_BYTES, TrainSettings, expert_data_ranks, state_bytes
-from spin_megatron.plan.parameters import layers_per_chunk, padded_vocab, rank_parameters, split_by_kind
+from spin_megatron.plan.memory import FLOAT32_BYTES, Recompute, TrainSettings, expert_data_ranks, state_bytes
+from spin_megatron.plan.parameters import chunk_parameters, layers_per_chunk, padded_vocab, rank_parameters, split_by_kind
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 
 # Shares of the data sheet's peak, fitted to the published runs.
@@ -29,11 +29,15 @@ EXPOSED_TENSOR = 0.45
 EXPOSED_DATA = 0.15
 # Eager PyTorch launches a layer's kernels (about 25 forward) no faster than this, whatever the model's size.
 LAYER_LAUNCH_SECONDS = 150e-6
+# Without fused kernels a matrix's gradient is written in bf16, read again and added to the fp32 buffer: 2 + 2 + 8 bytes an element.
+UNFUSED_GRADIENT_BYTES = 12
 # Gradient norm, logging and the synchronisations of a step.
 STEP_OVERHEAD_SECONDS = 0.02
 # Backward work in units of forward: two products for one; flash attention computes its scores again (arXiv 2307.08691, section 3.1).
 GEMM_BACKWARD = 2.0
 ATTENTION_BACKWARD = 2.5
+# Times a layer's collectives run in one direction for a forward and a backward, with what recompute repeats.
+_EXCHANGES: dict[Recompute, float] = {"none": 2.0, "selective": 2.5, "full": 3.0}
 
 
 @dataclass(frozen=True)
@@ -105,20 +109,36 @@ def forward_flops(shape: ModelShape, settings: TrainSettings, num_tokens: float)
 
 
 def layer_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> PassTime:
-    """One layer, one micro-batch, one rank; with full recompute its backward starts with another forward."""
+    """One layer, one micro-batch, one rank. Recomputation adds its part of the forward to the backward."""
     tokens = settings.pack_tokens / layout.context
-    dense, expert = layer_matrix_elements(shape)
-    width = shape.expert_ffn_hidden_size or 1
-    work = dense + expert * (width + EXPERT_HALF_WIDTH) / width
-    products = 2 * tokens * work / layout.tensor / _matrix_rate(gpu, settings)
+    attention_matrices, mlp_matrices = _layer_work(shape)
+    rate = _matrix_rate(gpu, settings)
+    products, mlp_products = (2 * tokens * work / layout.tensor / rate for work in (attention_matrices + mlp_matrices, mlp_matrices))
     scores = 4 * tokens * settings.keys_per_token * shape.num_heads * shape.head_dim / layout.tensor
     attention = scores / (gpu.bf16_flops * ATTENTION_SHARE)
     elementwise = tokens * _elementwise_bytes(shape, layout, settings) / (gpu.memory_bandwidth * MEMORY_SHARE)
     forward = max(products + attention + elementwise, LAYER_LAUNCH_SECONDS)
     backward = max(GEMM_BACKWARD * products + ATTENTION_BACKWARD * attention + 2 * elementwise, 2 * LAYER_LAUNCH_SECONDS)
-    exchange = _layer_exchange_seconds(shape, layout, settings, gpu)
-    passes = 3 if settings.recompute == "full" else 2
-    return PassTime(forward, backward + (forward if settings.recompute == "full" else 0.0), passes * exchange)
+    if not settings.fused_gradients:
+        matrices = _held_matrix_elements(shape, layout)
+        backward += matrices * UNFUSED_GRADIENT_BYTES / (gpu.memory_bandwidth * MEMORY_SHARE)
+    # Selective: the MLP's products, half of the elementwise work and one of the two exchanges once more.
+    repeated = {"none": 0.0, "selective": mlp_products + elementwise / 2, "full": forward}[settings.recompute]
+    return PassTime(forward, backward + repeated, _EXCHANGES[settings.recompute] * _layer_exchange_seconds(shape, layout, settings, gpu))
+
+
+def _layer_work(shape: ModelShape) -> tuple[float, float]:
+    """(attention, MLP) elements of matrices a token is multiplied with; narrow experts count for the lower rate they run at."""
+    attention = 2 * shape.hidden_size * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    dense, expert = layer_matrix_elements(shape)
+    width = shape.expert_ffn_hidden_size or 1
+    return attention, dense - attention + expert * (width + EXPERT_HALF_WIDTH) / width
+
+
+def _held_matrix_elements(shape: ModelShape, layout: ParallelLayout) -> float:
+    """Elements of one layer's matrices on a rank: their gradients are added to the buffer each micro-batch."""
+    one_layer = replace(layout, pipeline=shape.num_layers, virtual_pipeline=1)
+    return sum(p.numel for p in chunk_parameters(shape, one_layer, 0) if p.name.startswith("decoder.layers"))
 
 
 def _matrix_rate(gpu: Gpu, settings: TrainSettings) -> float:
@@ -227,8 +247,7 @@ def step_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings
 def forward_only_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:
     """A forward-only pass of the same packs: the reference phase and scoring."""
     stages = stage_times(shape, layout, settings, gpu)
-    passes = 3 if settings.recompute == "full" else 2
-    totals = [stage.forward + stage.communication / passes for stage in stages]
+    totals = [stage.forward + stage.communication / _EXCHANGES[settings.recompute] for stage in stages]
     sends = _pipeline_seconds(shape, layout, settings, gpu) / 2
     return settings.micro_batches * max(totals) + (sum(totals) - max(totals)) / layout.virtual_pipeline + sends
 
