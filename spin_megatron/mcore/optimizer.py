@@ -1,0 +1,151 @@
+"""Gradients and updates: Megatron Core's data-parallel wrapper, AdamW and the paper's RMSProp.
+
+The wrapper keeps gradients in fp32 buffers whatever the weights' type. Megatron Core's optimizers keep fp32 main
+parameters for bf16 weights and, with the distributed optimizer, only this rank's share of them. Which rule updates those
+main parameters is the inner `torch.optim.Optimizer`. Megatron Core's factory knows adam and sgd, and its
+DistributedOptimizer insists on Adam when it is built; it reads nothing of it but the parameter groups, so RMSProp takes
+the finished optimizer's groups over. Adam's own state is allocated by its first step, which never comes.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import nn
+
+OptimizerName = Literal["adamw", "rmsprop"]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How gradients change weights; torch's definitions of AdamW and RMSprop.
+
+    name: "adamw" (decoupled decay) or "rmsprop" (v = alpha v + (1 - alpha) g^2, w -= lr g / (sqrt(v) + epsilon); no momentum).
+    weight_decay: of matrices; biases and norm weights are not decayed.
+    max_grad_norm: global L2 norm to clip to; None: no clipping.
+    is_distributed: each data-parallel rank holds and updates only its share of the optimizer's state.
+    """
+
+    name: OptimizerName
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    rmsprop_alpha: float = 0.99
+    epsilon: float = 1e-8
+    max_grad_norm: float | None = None
+    is_distributed: bool = False
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The per-parameter tensors the rule keeps, by torch's names."""
+        return ("exp_avg", "exp_avg_sq") if self.name == "adamw" else ("square_avg",)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What an update needs of the model: its wrapped chunks, the optimizer over them, and the rule it follows."""
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    rule: UpdateRule
+
+
+@dataclass(frozen=True)
+class UpdateOutcome:
+    """grad_norm: global L2 norm before clipping, the same on all ranks. is_applied: False when it was not finite."""
+
+    grad_norm: float
+    is_applied: bool
+
+
+def build_trainer(chunks: Sequence[nn.Module], rule: UpdateRule) -> Trainer:
+    """Wrap the model's chunks for training and build the optimizer over their parameters.
+
+    The weights must be loaded: fp32 main parameters are copied from them here. Collective over all ranks.
+
+    Args:
+        chunks: this rank's GPTModel chunks (more than one with virtual pipeline stages).
+    """
+    wrapped = [_wrap(chunk, index, rule) for index, chunk in enumerate(chunks)]
+    config: Any = wrapped[0].config
+    # Sums gradients over data-parallel ranks, over tensor-parallel ranks where sequence parallelism or q/k norms split their
+    # input, and over the first and the last pipeline stage for tied embeddings.
+    config.finalize_model_grads_func = finalize_model_grads
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=0.0,
+        weight_decay=rule.weight_decay,
+        adam_beta1=rule.adam_beta1,
+        adam_beta2=rule.adam_beta2,
+        adam_eps=rule.epsilon,
+        decoupled_weight_decay=True,
+        bf16=config.params_dtype == torch.bfloat16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=rule.is_distributed,
+        clip_grad=rule.max_grad_norm or 0.0,
+    )
+    with torch.no_grad():  # the distributed optimizer's shards are views of fp32 weights; with a graph they would be no leaves
+        optimizer = get_megatron_optimizer(settings, wrapped, use_gloo_process_groups=False)
+    for part in parts(optimizer):
+        if rule.name == "rmsprop" and part.optimizer is not None:
+            part.optimizer = _rmsprop_over(part.optimizer, rule)
+        for group in part.param_groups:
+            # Megatron Core's scheduler would do this each step; ours only sets the learning rate.
+            group["weight_decay"] = rule.weight_decay * group["wd_mult"]
+    return Trainer(wrapped, optimizer, rule)
+
+
+def _wrap(chunk: nn.Module, index: int, rule: UpdateRule) -> DistributedDataParallel:
+    config: Any = chunk.config
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=rule.is_distributed,
+        # A gradient that is not finite is found after the reduction, so that all ranks skip the step together.
+        check_for_nan_in_grad=False,
+    )
+    return DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
+
+
+def _rmsprop_over(adam: torch.optim.Optimizer, rule: UpdateRule) -> torch.optim.RMSprop:
+    """Torch's RMSprop over another optimizer's parameter groups, in their order, with Megatron Core's marks on them."""
+    groups = [{name: value for name, value in group.items() if name not in adam.defaults} for group in adam.param_groups]
+    return torch.optim.RMSprop(groups, lr=0.0, alpha=rule.rmsprop_alpha, eps=rule.epsilon)
+
+
+def parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+    """The optimizers behind a chain (dense and expert parameters have one each) that hold parameters on this rank."""
+    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    yield from (part for part in chained if not part.is_stub_optimizer)
+
+
+def clear_gradients(trainer: Trainer) -> None:
+    """Zero the gradient buffers; call it before each step's first backward pass."""
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+
+
+def apply_gradients(trainer: Trainer, *, learning_rate: float) -> UpdateOutcome:
+    """Clip and apply the reduced gradients in the buffers; leave weights and state alone when their norm is not finite.
+
+    Collective over all ranks; every rank returns the same.
+    """
+    optimizer = trainer.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        return UpdateOutcome(grad_norm, is_applied=False)
+    if trainer.rule.max_grad_norm is not None:
+        for part in parts(optimizer):
+            parameters = part.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, trainer.rule.max_grad_norm, grad_norm)
+    optimizer.step_with_ready_grads()
+    return UpdateOutcome(grad_norm, is_applied=True)
