@@ -68,7 +68,10 @@ def load(spec: EngineSpec, _folder: Path) -> "HfLoop":
         **({"experts_implementation": EXPERTS_NAME} if shape.num_experts else {}),
     )
     device = _device(spec)
-    return HfLoop(model.to(device).eval().requires_grad_(False), shape, spec, device)
+    model = model.to(device).eval().requires_grad_(False)
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        pack_linears(model, spec.batch_size)
+    return HfLoop(model, shape, spec, device)
 
 
 def _device(spec: EngineSpec) -> torch.device:
@@ -97,33 +100,40 @@ class _Row:
 
 
 class SlotCache:
-    """Keys and values of S rows, [S, L, K, D] a layer; stands where transformers expects its cache.
+    """Keys and values of S rows, [S, K, L, D] a layer; stands where transformers expects its cache.
 
-    `place(index_B)` says at which flat positions (slot * L + position) the next forward pass writes. A prefill reads
-    nothing, so `update` hands its own keys on; a decode step gets the whole buffers, of which `row_attention` reads each
-    row's part. Memory is reserved for every slot's full length, but the system provides it only where rows reach.
+    `place` says where the next forward pass writes. A prefill reads nothing, so `update` hands its own keys on; a decode
+    step gets every slot's whole keys, of which `row_attention` reads each row's part. Memory is reserved for every slot's
+    full length, but the system provides it only where rows reach.
     """
 
     def __init__(self, shape: ModelShape, num_slots: int, length: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        size = (num_slots, length, shape.num_kv_heads, shape.head_dim)
-        self.length = length
-        self._keys = [torch.empty(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
-        self._values = [torch.empty(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
-        self._index_B = torch.empty(0, dtype=torch.int64, device=device)
+        size = (num_slots, shape.num_kv_heads, length, shape.head_dim)
+        self._buffers = [[torch.empty(size, dtype=dtype, device=device) for _ in ("keys", "values")] for _ in range(shape.num_layers)]
+        self._slots = [[buffer.split(1) for buffer in pair] for pair in self._buffers]
+        self._first_K = torch.arange(shape.num_kv_heads, device=device) * length
+        self._slot_stride = shape.num_kv_heads * length
+        self._index_W = torch.empty(0, dtype=torch.int64, device=device)
         self._is_prefill = False
 
-    def place(self, index_B: Tensor, *, is_prefill: bool) -> None:
-        self._index_B = index_B
+    def place(self, slots: Sequence[int], positions: Sequence[int], *, is_prefill: bool) -> None:
+        """Write token i of the next pass at (slots[i], positions[i]); of a prefill all slots are one row's."""
+        tokens_T = torch.tensor([slot * self._slot_stride + position for slot, position in zip(slots, positions, strict=True)])
+        tokens_T = tokens_T.to(self._first_K.device)
+        # New keys come as [B, K, Q, D]: heads outside the tokens of a prefill, inside those of a step.
+        outer, inner = (self._first_K, tokens_T) if is_prefill else (tokens_T, self._first_K)
+        self._index_W = (outer[:, None] + inner).flatten()
         self._is_prefill = is_prefill
 
-    def update(self, key_BKQD: Tensor, value_BKQD: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_BKQD: Tensor, value_BKQD: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Write the new keys and values of a layer; called by the model's attention."""
-        for buffer, new in ((self._keys[layer], key_BKQD), (self._values[layer], value_BKQD)):
-            rows = new.transpose(1, 2).reshape(-1, buffer.shape[2] * buffer.shape[3])
-            buffer.view(-1, rows.shape[1]).index_copy_(0, self._index_B, rows)
+        for buffer, new in zip(self._buffers[layer], (key_BKQD, value_BKQD), strict=True):
+            head_dim = new.shape[-1]
+            buffer.view(-1, head_dim).index_copy_(0, self._index_W, new.reshape(-1, head_dim))
         if self._is_prefill:
             return key_BKQD, value_BKQD
-        return self._keys[layer], self._values[layer]
+        keys, values = self._slots[layer]
+        return keys, values
 
     def get_seq_length(self, *_: Any) -> int:
         """What transformers counts positions from where it is given none; it always is."""
@@ -133,8 +143,8 @@ class SlotCache:
 def row_attention(
     _module: torch.nn.Module,
     query_BHQD: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Any,
+    value: Any,
     attention_mask: Tensor | None,
     *,
     scaling: float,
@@ -145,7 +155,7 @@ def row_attention(
     """Attention of one prompt (rows None) or of one token of many rows; registered with transformers.
 
     Args:
-        key, value: [1, K, P, D] of a prompt, else the slot buffers [S, L, K, D].
+        key, value: [1, K, P, D] of a prompt, else every slot's [1, K, L, D].
         rows: (slot, length) of each computed row, length counting the new token; further rows of B are padding.
         sliding_window: a token sees this many positions, itself included.
 
@@ -155,14 +165,13 @@ def row_attention(
     assert attention_mask is None, "rows have no padding inside"
     if rows is None:
         return _prompt_attention(query_BHQD, key, value, scaling, sliding_window), None
-    num_kv_heads = key.shape[2]
     # Query heads that share a key head become queries of one product: nothing is repeated in memory.
-    grouped_BKGD = query_BHQD.view(query_BHQD.shape[0], num_kv_heads, -1, query_BHQD.shape[-1])
+    grouped_BKGD = query_BHQD.view(query_BHQD.shape[0], key[0].shape[1], -1, query_BHQD.shape[-1])
     outputs = []
-    for row, (slot, length) in enumerate(rows):
-        start = 0 if sliding_window is None else max(0, length - sliding_window)
-        key_KLD, value_KLD = (buffer[slot : slot + 1, start:length].transpose(1, 2) for buffer in (key, value))
-        outputs.append(F.scaled_dot_product_attention(grouped_BKGD[row : row + 1], key_KLD, value_KLD, scale=scaling))
+    for query_1KGD, (slot, length) in zip(grouped_BKGD.split(1), rows, strict=False):
+        seen = length if sliding_window is None else min(length, sliding_window)
+        key_1KLD, value_1KLD = key[slot].narrow(2, length - seen, seen), value[slot].narrow(2, length - seen, seen)
+        outputs.append(F.scaled_dot_product_attention(query_1KGD, key_1KLD, value_1KLD, scale=scaling))
     if len(rows) < query_BHQD.shape[0]:
         outputs.append(torch.zeros_like(grouped_BKGD[len(rows) :]))
     return torch.cat(outputs).view_as(query_BHQD).transpose(1, 2), None
@@ -179,6 +188,34 @@ def _prompt_attention(query_1HPD: Tensor, key_1KPD: Tensor, value_1KPD: Tensor, 
         query_1HPD, key_1KPD, value_1KPD, attn_mask=mask_PP, is_causal=mask_PP is None, scale=scaling, enable_gqa=True
     )
     return output.transpose(1, 2)
+
+
+class PackedLinear(torch.nn.Module):
+    """A Linear layer on CPU whose weight lies in the block order oneDNN computes in.
+
+    Measured on a Zen 4 core in fp32 at 16 rows: 1.4 times the speed of MKL's product for 576 x 1536, 2.3 times for
+    576 x 49152, since the weight is not rearranged in each call. All numbers of rows from 2 on gave the same bits.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, num_rows: int) -> None:
+        super().__init__()
+        # The operators torch's own compiler freezes CPU models with; they have no public name (present from 2.1 to 2.13).
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), num_rows)  # noqa: SLF001
+        bias: Tensor | None = linear.bias
+        self._bias = None if bias is None else bias.detach()
+
+    def forward(self, input_BQI: Tensor) -> Tensor:
+        """[B, Q, in] -> [B, Q, out], in the weight's dtype."""
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(input_BQI, self._weight, self._bias, "none", [], "")  # noqa: SLF001
+        return output
+
+
+def pack_linears(model: torch.nn.Module, num_rows: int) -> None:
+    """Replace every Linear layer of a model in place; num_rows is the usual number of rows a product has."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(parent, name, PackedLinear(child, num_rows))
 
 
 def padded_experts(module: Any, hidden_TH: Tensor, experts_TX: Tensor, weights_TX: Tensor) -> Tensor:
@@ -213,9 +250,9 @@ class HfLoop:
         self._device = device
         self._shape = shape
         # A multiple of 16 positions keeps every slot 64-byte aligned: a kernel's path may depend on alignment.
-        length = -(-(spec.max_prompt_tokens + spec.max_new_tokens) // 16) * 16
+        self._slot_length = -(-(spec.max_prompt_tokens + spec.max_new_tokens) // 16) * 16
         # One slot more than rows: padding writes there.
-        self._cache = SlotCache(shape, spec.batch_size + 1, length, dtype=model.dtype, device=device)
+        self._cache = SlotCache(shape, spec.batch_size + 1, self._slot_length, dtype=model.dtype, device=device)
         self._widths, self._rows_independent = self._find_widths()
         self._num_steps = 0
         self._num_step_rows = 0
@@ -257,7 +294,8 @@ class HfLoop:
         """Fill a row's slot with its prompt; logits of the first new token, [1, V]."""
         tokens_1P = torch.tensor([row.prompt.token_ids], device=self._device)
         positions_1P = torch.arange(tokens_1P.shape[1], device=self._device)[None]
-        self._cache.place(positions_1P[0] + row.slot * self._cache.length, is_prefill=True)
+        length = len(row.prompt.token_ids)
+        self._cache.place([row.slot] * length, range(length), is_prefill=True)
         return self._forward(tokens_1P, positions_1P, rows=None)
 
     def _decode(self, rows: Sequence[_Row]) -> Tensor:
@@ -272,11 +310,10 @@ class HfLoop:
     def _decode_width(self, tokens: list[int], positions: list[int], slots: list[int], *, width: int) -> Tensor:
         """One step of N rows padded to `width`; logits [N, V]."""
         num_rows, padding = len(tokens), width - len(tokens)
-        places = [slot * self._cache.length + position for slot, position in zip(slots, positions, strict=True)]
-        spare = self._spec.batch_size * self._cache.length
-        self._cache.place(torch.tensor(places + [spare] * padding, device=self._device), is_prefill=False)
+        padded_positions = positions + [0] * padding
+        self._cache.place(slots + [self._spec.batch_size] * padding, padded_positions, is_prefill=False)
         tokens_B1 = torch.tensor(tokens + [0] * padding, device=self._device)[:, None]
-        positions_B1 = torch.tensor(positions + [0] * padding, device=self._device)[:, None]
+        positions_B1 = torch.tensor(padded_positions, device=self._device)[:, None]
         rows = [(slot, position + 1) for slot, position in zip(slots, positions, strict=True)]
         return self._forward(tokens_B1, positions_B1, rows=rows)[:num_rows]
 
@@ -316,7 +353,7 @@ class HfLoop:
     def _equal_rows_logits(self, width: int) -> Tensor | None:
         """Logits [steps, V] of a few decode steps of `width` equal rows, or None when the rows differ in any bit."""
         slots = [min(row, self._spec.batch_size) for row in range(width)]
-        steps = min(_CHECK_STEPS, self._cache.length)
+        steps = min(_CHECK_STEPS, self._slot_length)
         first_rows = []
         for step in range(steps):
             token = (step * 7919 + 1) % self._shape.vocab_size

@@ -88,8 +88,6 @@ def invert_cdf(weights_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     A token of weight 0 is never returned: the cumulative weight does not rise there.
     """
     cumulative_NV = weights_NV.cumsum(-1)
-    total_N = cumulative_NV[:, -1]
-    # u < 1, but the product may round up to the total, which no cumulative weight exceeds.
-    below_total_N = torch.nextafter(total_N, torch.zeros_like(total_N))
-    target_N = torch.minimum(uniforms_N * total_N, below_total_N)
-    return torch.searchsorted(cumulative_NV, target_N[:, None], right=True)[:, 0]
+    # u <= 1 - 2^-53, so the product is at least half a unit in the last place below the total and cannot round up to it.
+    target_N1 = (uniforms_N * cumulative_NV[:, -1])[:, None]
+    return torch.searchsorted(cumulative_NV, target_N1, right=True)[:, 0]

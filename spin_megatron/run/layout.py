@@ -69,11 +69,22 @@ class RunLayout:
     def engine(self, iteration: int) -> Path:
         return self.iteration(iteration) / "engine"
 
+    def engine_record(self, iteration: int) -> Path:
+        """What generate will run, in words and digests."""
+        return self.engine(iteration) / "engine.json"
+
     def generate(self, iteration: int) -> Path:
         return self.iteration(iteration) / "generate"
 
     def shard(self, iteration: int, shard: int) -> Path:
         return self.generate(iteration) / f"shard_{shard:05d}"
+
+    def shard_identity(self, iteration: int, shard: int) -> Path:
+        """What the part files of an unfinished shard were made from; parts of something else are not continued."""
+        return self.shard(iteration, shard) / "identity.json"
+
+    def part(self, iteration: int, shard: int, number: int) -> Path:
+        return self.shard(iteration, shard) / f"part_{number:05d}.parquet"
 
     def pairs(self, iteration: int) -> Path:
         return self.iteration(iteration) / "pairs"
