@@ -13,9 +13,9 @@ fp32 here whatever the model's dtype: bf16 logits would cost 0.2 nat on a 300-to
 Shapes: R rows (tokens with a target), H hidden, V local vocabulary columns (padded vocab / TP), Q sequences.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,13 @@ class HeadSpec:
     @property
     def group_size(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
+
+
+class HeadKernels(NamedTuple):
+    """The two device-dependent halves of the head; `local_statistics` and `head_gradients` below state their contract."""
+
+    local_statistics: Callable[[Tensor, Tensor, Tensor, HeadSpec], Tensor]
+    head_gradients: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "WeightGradient | None", HeadSpec], Tensor]
 
 
 def vocab_parallel_logprobs(
@@ -111,7 +118,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, spec: HeadSpec) -> Tensor:
-        statistics_R3 = local_statistics(hidden_RH, weight_VH, targets_R, spec)
+        statistics_R3 = _kernels(hidden_RH.device).local_statistics(hidden_RH, weight_VH, targets_R, spec)
         logp_R, lse_R = merge_statistics(gather_statistics(statistics_R3, spec))
         ctx.save_for_backward(hidden_RH, weight_VH, targets_R, lse_R)
         ctx.spec = spec
@@ -125,7 +132,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         # where, not a product: an ignored row's upstream gradient may be NaN and must still end as 0.
         coefficient_R = torch.where(targets_R == IGNORED, 0.0, gradients[0]) / spec.temperature
         sink = WeightGradient.of(weight_VH, spec.num_columns) if needs_weight else None
-        hidden_grad_RH = head_gradients(hidden_RH, weight_VH, targets_R, lse_R, coefficient_R, sink, spec)
+        kernels = _kernels(hidden_RH.device)
+        hidden_grad_RH = kernels.head_gradients(hidden_RH, weight_VH, targets_R, lse_R, coefficient_R, sink, spec)
         if needs_hidden and spec.reduce_hidden_grad and spec.group_size > 1:
             dist.all_reduce(hidden_grad_RH, group=spec.group)
         return hidden_grad_RH if needs_hidden else None, sink.returned() if sink else None, None, None
@@ -220,11 +228,12 @@ class WeightGradient:
 
     @staticmethod
     def of(weight_VH: Tensor, num_columns: int) -> "WeightGradient":
+        """The weight's main_grad, or a new tensor whose padded rows (from num_columns on) are 0 and whose others `close` writes."""
         main_grad = getattr(weight_VH, "main_grad", None)
         if main_grad is not None:
             return WeightGradient(weight_VH, main_grad, is_main_grad=True)
         total_VH = torch.empty_like(weight_VH)
-        total_VH[num_columns:].zero_()  # the padded tail; all other rows are written by close()
+        total_VH[num_columns:].zero_()
         return WeightGradient(weight_VH, total_VH, is_main_grad=False)
 
     @property
@@ -271,6 +280,15 @@ def slices(total: int, size: int) -> Iterator[slice]:
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """fp32 for every model dtype; fp64 inputs (gradcheck, oracles) stay fp64."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _kernels(device: torch.device) -> HeadKernels:
+    """Torch operators of this file on CPU; elsewhere cuBLAS and Triton, imported only when a tensor lives there."""
+    if device.type == "cpu":
+        return HeadKernels(local_statistics, head_gradients)
+    from spin_megatron.objective import logprobs_triton
+
+    return logprobs_triton.KERNELS
 
 
 def _empty_tile(hidden_RH: Tensor, spec: HeadSpec) -> Tensor:
