@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _MISSING = object()
 
@@ -79,6 +80,9 @@ def _factory_on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _cuda_device_arguments() -> list[Replacement]:
+    # torch.device("meta") as a context knows the factories by identity, from a set it makes once: it must not be of ours, or models
+    # that transformers builds on the meta device keep uninitialised buffers, even after this context is closed.
+    _device_constructors()
     return [Replacement(torch, name, _factory_on_cpu(getattr(torch, name))) for name in ("tensor", "zeros", "empty", "empty_like")]
 
 

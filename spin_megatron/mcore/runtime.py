@@ -60,6 +60,7 @@ class Runtime:
     pipeline_rank: int
     data_rank: int
     context_rank: int
+    expert_rank: int
     is_first_stage: bool
     is_last_stage: bool
     opened: contextlib.ExitStack = field(repr=False, compare=False)
@@ -185,6 +186,7 @@ def _start_megatron(
         pipeline_rank=pipeline_rank,
         data_rank=dist.get_rank(groups.dp),
         context_rank=dist.get_rank(groups.cp),
+        expert_rank=dist.get_rank(groups.ep),
         is_first_stage=pipeline_rank == 0,
         is_last_stage=pipeline_rank == layout.pipeline - 1,
         opened=opened,

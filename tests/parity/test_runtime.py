@@ -1,6 +1,8 @@
 """Process groups: every rank stands where the layout says, and stopping leaves nothing behind."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,6 +72,21 @@ def test_one_rank_starts_without_a_launcher_and_can_be_started_again() -> None:
             assert isinstance(runtime, Runtime)
             assert runtime.is_loss_rank
             assert _sum_over(runtime.groups.tensor, 5) == 5
+
+
+def test_the_meta_device_still_works_under_and_after_the_shim() -> None:
+    # In a fresh process: torch remembers its tensor factories when a device context is first entered.
+    script = (
+        "import torch\n"
+        "from spin_megatron.mcore.cpu_shim import megatron_on_cpu\n"
+        "with megatron_on_cpu():\n"
+        "    with torch.device('meta'):\n"
+        "        print(torch.zeros(2).device.type, torch.empty(2).device.type)\n"
+        "with torch.device('meta'):\n"
+        "    print(torch.zeros(2).device.type, torch.empty(2).device.type)\n"
+    )
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout.split() == ["meta"] * 4
 
 
 def test_the_shim_restores_every_attribute_even_after_an_error() -> None:

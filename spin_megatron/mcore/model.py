@@ -1,0 +1,284 @@
+"""The policy: Megatron Core's GPTModel whose output is log-probabilities of given tokens, not logits.
+
+One forward takes a pack (data.batches.PackBatch): embedding -> decoder, whose attention reads the branches -> hidden states of the
+rows that predict a response token -> `objective.logprobs.vocab_parallel_logprobs`. No [tokens, vocabulary] tensor exists. The
+same chunks score the reference and are trained.
+
+Shapes: T tokens of the pack (a sequence-parallel rank holds T/TP of them between layers), R rows, H hidden, V vocabulary
+(local: padded V/TP), D head size.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
+
+from spin_megatron.convert.families import Fetch, global_name, megatron_shard, padded_vocab
+from spin_megatron.convert.hf_io import HfFolder
+from spin_megatron.mcore.attention import choose_backend
+from spin_megatron.mcore.layers import SpecKind, choose_layer_spec, layer_submodules
+from spin_megatron.mcore.runtime import Runtime
+from spin_megatron.objective.logprobs import vocab_parallel_logprobs
+from spin_megatron.plan.shape import ModelShape
+from spin_megatron.run.telemetry import progress_bar
+
+logger = logging.getLogger(__name__)
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class SpinModel(GPTModel):
+    """A pipeline stage (or virtual stage) of the policy.
+
+    shape: the model's shape. Everything else is GPTModel's.
+    """
+
+    def __init__(self, config: TransformerConfig, shape: ModelShape, submodules: TransformerBlockSubmodules, **stage: Any) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=submodules,
+            vocab_size=padded_vocab(shape.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=shape.max_positions,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            parallel_output=True,
+            **stage,
+        )
+        self.shape = shape
+        # Megatron Core knows Llama 3's scaling with one set of constants only; ours come from the model's config.
+        self.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(self.rotary_pos_emb.inv_freq.device)
+
+    def forward(self, tokens_1T: Tensor, positions_1T: Tensor, branches_B4: Tensor, rows_R: Tensor, targets_R: Tensor) -> Tensor:
+        """Compute this stage.
+
+        Args:
+            tokens_1T, positions_1T: int64 [1, T]. branches_B4: int64 [B, 4] on the CPU. rows_R, targets_R: int64 [R].
+
+        Returns:
+            Inner stages: hidden states [T or T/TP, 1, H]. Last stage: logp_R, fp32 nats, the same bits on every tensor rank.
+            Gradient flows to all parameters of the stage and to the hidden states received.
+        """
+        embedded_T1H = self.embedding(input_ids=tokens_1T, position_ids=positions_1T) if self.pre_process else None
+        hidden_T1H: Tensor = self.decoder(
+            hidden_states=embedded_T1H,
+            attention_mask=branches_B4,
+            rotary_pos_emb=rotary_angles(positions_1T[0], self.rotary_pos_emb.inv_freq),
+        )
+        return self.score(hidden_T1H, rows_R, targets_R) if self.post_process else hidden_T1H
+
+    def score(self, hidden_T1H: Tensor, rows_R: Tensor, targets_R: Tensor) -> Tensor:
+        """Log-probabilities of the targets from final hidden states: [R] fp32."""
+        is_split = self.config.sequence_parallel
+        tensor_group = self.pg_collection.tp
+        if is_split:
+            # Its backward sums over ranks while it scatters, so the head leaves its gradient unsummed.
+            hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_T1H, tensor_parallel_output_grad=True, group=tensor_group
+            )
+        # A row occurs at most twice (the last prompt token), and a + b = b + a: the backward's adds have one result in any order.
+        hidden_RH = hidden_T1H.squeeze(1).index_select(0, rows_R)
+        weight_VH = self.shared_embedding_or_output_weight() if self.shape.tied_embeddings else self.output_layer.weight
+        return vocab_parallel_logprobs(
+            hidden_RH,
+            weight_VH,
+            targets_R,
+            group=tensor_group,
+            vocab_start=tensor_group.rank() * weight_VH.shape[0],
+            vocab_size=self.shape.vocab_size,
+            reduce_hidden_grad=not is_split,
+        )
+
+
+def inverse_frequencies(shape: ModelShape) -> Tensor:
+    """Rotary angle of each pair of head dimensions per position: [D/2] fp32.
+
+    theta**(-2i/D); "linear" scaling divides it by factor; "llama3" divides only long wavelengths, keeps short ones and blends between
+    (Llama 3.1's rule, with the constants of the model's own config).
+    """
+    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
+    frequencies = 1.0 / (shape.rope_theta**exponents)
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions
+    assert low is not None
+    assert high is not None
+    assert original is not None
+    # How many turns a pair makes over the original context: fewer than `low` is long, more than `high` is short.
+    turns = original * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - keep) * frequencies / scaling.factor + keep * frequencies
+
+
+def rotary_angles(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
+    """Angles for Megatron Core's apply_rotary_pos_emb, which rotates half-split heads: [T, 1, 1, D] fp32."""
+    angles = positions_T.float()[:, None] * inv_freq[None, :]
+    return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def build_model(shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, recompute: Recompute = "none") -> list[SpinModel]:
+    """Build this rank's stages, parameters uninitialised: `load_huggingface` or a checkpoint fills them.
+
+    Args:
+        recompute: "selective" computes MLPs (and experts) again in the backward, the largest activations at about a fifth more time;
+            "full" whole layers. Attention's own softmax is never stored in any case.
+
+    Returns:
+        One chunk, or parallel.virtual_pipeline of them.
+
+    Raises:
+        ValueError: the layout does not divide the model.
+    """
+    layout = runtime.layout
+    layout.check(shape)
+    spec = choose_layer_spec(runtime.device)
+    attention = choose_backend(runtime.device, dtype, head_dim=shape.head_dim, sliding_window=shape.sliding_window)
+    if runtime.rank == 0:
+        logger.info("layers: %s (%s)", spec.kind, spec.reason)
+        logger.info("attention: %s (%s)", attention.name, attention.reason)
+    config = transformer_config(shape, runtime, dtype=dtype, recompute=recompute, spec=spec.kind)
+    layer, norm = layer_submodules(spec.kind, num_experts=shape.num_experts, qk_norm=shape.qk_norm, attention=attention)
+    virtual = layout.virtual_pipeline
+    chunks = []
+    for stage in range(virtual):
+        vp_stage = stage if virtual > 1 else None
+        num_layers = get_num_layers_to_build(config, vp_stage, runtime.pipeline_rank)
+        chunk = SpinModel(
+            config,
+            shape,
+            TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm),
+            pre_process=runtime.is_first_stage and stage == 0,
+            post_process=runtime.is_last_stage and stage == virtual - 1,
+            pg_collection=runtime.groups.megatron,
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(runtime.device))
+    return chunks
+
+
+def transformer_config(
+    shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, recompute: Recompute, spec: SpecKind
+) -> TransformerConfig:
+    """Megatron Core's settings for this model, layout and device. Dropout is off; fusions follow what is installed."""
+    layout = runtime.layout
+    has_te = spec == "transformer_engine"
+    on_cuda = runtime.device.type == "cuda"
+    is_dense = shape.num_experts is None
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        qk_layernorm=shape.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        # Our own gated activation stands where Transformer Engine's would (mcore.layers).
+        use_te_activation_func=not has_te and is_dense,
+        window_size=None if shape.sliding_window is None else (shape.sliding_window - 1, 0),
+        rotary_interleaved=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not on_cuda,
+        perform_initialization=False,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        sequence_parallel=layout.sequence,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.tensor,
+        apply_rope_fusion=has_te,
+        bias_activation_fusion=has_te and is_dense,
+        bias_dropout_fusion=on_cuda,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        **_expert_settings(shape, has_te=has_te),
+        **_recompute_settings(recompute, is_dense=is_dense),
+    )
+
+
+def _expert_settings(shape: ModelShape, *, has_te: bool) -> dict[str, Any]:
+    """Routing as Mixtral and Qwen3-MoE have it: softmax over the chosen experts, no auxiliary loss, no dropped tokens."""
+    if shape.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.expert_ffn_hidden_size,
+        "moe_router_pre_softmax": False,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": has_te,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _recompute_settings(recompute: Recompute, *, is_dense: bool) -> dict[str, Any]:
+    if recompute == "none":
+        return {}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp" if is_dense else "moe"]}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def load_huggingface(chunks: Sequence[SpinModel], folder: Path, shape: ModelShape, runtime: Runtime, *, show: bool) -> None:
+    """Fill every parameter of this rank's chunks from a Hugging Face folder, reading only the slices it holds.
+
+    Raises:
+        ValueError: the folder lacks a tensor, or one has another shape than config.json says.
+    """
+    source = HfFolder(folder)
+    load_parameters(chunks, source.get_slice, shape, runtime, show=show)
+
+
+def load_parameters(chunks: Sequence[SpinModel], fetch: Fetch, shape: ModelShape, runtime: Runtime, *, show: bool) -> None:
+    """Fill every parameter from a source of Hugging Face tensor slices. Padded vocabulary rows become 0."""
+    named = [(name, parameter) for chunk in chunks for name, parameter in global_parameters(chunk, shape, runtime)]
+    with torch.no_grad(), progress_bar("load weights (parameters)", len(named), show=show) as advance:
+        for name, parameter in named:
+            shard = megatron_shard(name, shape, fetch, runtime.layout.tensor, runtime.tensor_rank)
+            parameter.copy_(shard)
+            advance(1)
+
+
+def global_parameters(chunk: torch.nn.Module, shape: ModelShape, runtime: Runtime) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name in the whole model as convert.families has it, parameter) of a chunk, wrapped in DDP or not."""
+    inner = unwrapped(chunk)
+    layers = [layer.layer_number - 1 for layer in inner.decoder.layers]
+    experts_per_rank = (shape.num_experts or 0) // runtime.layout.expert
+    first_expert = runtime.expert_rank * experts_per_rank
+    for local_name, parameter in inner.named_parameters():
+        name = global_name(local_name, layers=layers, first_expert=first_expert)
+        assert name is not None, local_name
+        yield name, parameter
+
+
+def unwrapped(chunk: torch.nn.Module) -> SpinModel:
+    """The model inside Megatron Core's wrappers (DistributedDataParallel), or the chunk itself."""
+    while not isinstance(chunk, SpinModel):
+        inner = chunk.module
+        assert isinstance(inner, torch.nn.Module)
+        chunk = inner
+    return chunk
