@@ -23,7 +23,7 @@ from torch import Tensor
 from spin_megatron.convert.families import expected_huggingface_names, parameters
 from spin_megatron.convert.safetensors_writer import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
 from spin_megatron.plan.shape import ModelShape, RopeScaling
-from spin_megatron.run.manifest import atomic_path, write_json
+from spin_megatron.run.manifest import atomic_path, digest_values, write_json
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _ITEM_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
@@ -85,6 +85,12 @@ class HfFolder:
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.num_bytes for entry in self.entries.values())
+
+    def identity(self) -> str:
+        """A digest that changes with the files: names, sizes, times of change, headers."""
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        headers = [(name, entry.dtype, entry.shape) for name, entry in self.entries.items()]
+        return digest_values([files, headers, (self.path / "config.json").read_text(encoding="utf-8")])
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entries[name].shape
@@ -199,7 +205,7 @@ def check_tensors(folder: HfFolder, shape: ModelShape) -> None:
     if shape.tied_embeddings:
         allowed.add("lm_head.weight")  # some files hold the copy as well
     missing = sorted(set(expected) - set(folder.entries))
-    surplus = sorted(name for name in folder.entries if name not in allowed and not _IGNORED.match(name))
+    surplus = sorted(name for name in folder.entries if name not in allowed and is_carried(name))
     if missing:
         raise ValueError(f"{folder.path} lacks {_some(missing)}, which config.json's {shape.family} model needs; fetch the model again.")
     if surplus:
@@ -213,6 +219,11 @@ def check_tensors(folder: HfFolder, shape: ModelShape) -> None:
     for entry in parameters(shape):
         if len({folder.dtype(source.name) for source in entry.sources}) > 1:
             raise ValueError(f"{folder.path}: {', '.join(source.name for source in entry.sources)} differ in dtype; store them in one.")
+
+
+def is_carried(name: str) -> bool:
+    """Whether a tensor is part of the model and not one of the buffers that old files hold."""
+    return _IGNORED.match(name) is None
 
 
 def _some(names: list[str]) -> str:
