@@ -5,14 +5,16 @@ A verb's code is imported when the verb is called, so `--help`, `status` and `su
 
 import argparse
 import errno
+import importlib
 import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, end_with_parent
+from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, end_with_parent, launch
 from spin_megatron.run.manifest import StageIncomplete, StaleStage
 
 DEFECT = 1
@@ -27,10 +29,17 @@ _STAGE_VERBS = {
 }
 # Stages that poll for a stop request; the others are short, start over, and simply end on SIGTERM.
 _POLLING = ("generate", "train")
+# Verbs whose options stand beside their code (`add_parser`), which is imported only for the verb that is called.
+_OTHER_VERBS = {
+    "score": ("spin_megatron.stages.score", "log-probabilities of given pairs under a Hugging Face model"),
+    "convert": ("spin_megatron.convert.command", "checkpoints: Hugging Face to Megatron Core, back, and inspect"),
+    "plan": ("spin_megatron.plan.command", "which layouts fit on N GPUs, how fast, and what the run costs"),
+    "doctor": ("spin_megatron.report.doctor", "what is installed here and which kernels that turns on"),
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; `arguments.handler` is the function to call."""
+def build_parser(called: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all verbs; `arguments.handler` is the function to call. `called` is the verb whose options are wanted."""
     parser = argparse.ArgumentParser(prog="spin-megatron", description="Self-Play Fine-Tuning (SPIN) on Megatron Core.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
@@ -64,6 +73,15 @@ def build_parser() -> argparse.ArgumentParser:
         _add_overrides(stage)
         _add_rank_options(stage)
         stage.set_defaults(handler=_run_stage, verb=verb)
+
+    for verb, (module, text) in _OTHER_VERBS.items():
+        if verb != called:
+            verbs.add_parser(verb, help=text)
+            continue
+        other = importlib.import_module(module).add_parser(verbs)
+        if verb == "score":
+            _add_rank_options(other)
+            other.set_defaults(handler=_score)
     return parser
 
 
@@ -82,8 +100,6 @@ def _lazy(module: str, function: str) -> Callable[[argparse.Namespace], int]:
     """A handler that imports its module when it is called."""
 
     def handler(arguments: argparse.Namespace) -> int:
-        import importlib
-
         code: int = getattr(importlib.import_module(module), function)(arguments)
         return code
 
@@ -107,6 +123,26 @@ def _run_stage(arguments: argparse.Namespace) -> int:
     return DONE if done else STOPPED
 
 
+def _score(arguments: argparse.Namespace) -> int:
+    """Be one rank of `score`; or, outside a launch, start tensor x pipeline ranks."""
+    from spin_megatron.stages import score
+
+    if "RANK" in os.environ:
+        score.run(arguments)
+        return DONE
+    with tempfile.TemporaryDirectory() as folder:
+        code = launch(arguments.argv, world_size=arguments.tensor * arguments.pipeline, threads=_threads(), log_folder=Path(folder))
+        if code != DONE:
+            for log_file in sorted(Path(folder).glob("attempt_*/rank_*.log")):
+                sys.stderr.write(f"--- {log_file.name}, last lines\n" + "".join(log_file.read_text().splitlines(keepends=True)[-20:]))
+        return code
+
+
+def _threads() -> int:
+    """Threads of a rank outside a run: OMP_NUM_THREADS where it is set."""
+    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
 def _catch_stop_signals(*, polled: bool) -> Callable[[], bool]:
     """SIGTERM and SIGINT ask a polling stage to save and leave, and end any other; returns whether one came."""
     received: list[int] = []
@@ -125,7 +161,9 @@ def _catch_stop_signals(*, polled: bool) -> Callable[[], bool]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     end_with_parent()
-    arguments = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser(argv[0] if argv else None).parse_args(argv)
+    arguments.argv = argv
     from spin_megatron.run.telemetry import configure_logging
 
     rank = int(os.environ.get("RANK", "0"))

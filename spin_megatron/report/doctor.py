@@ -293,6 +293,14 @@ def examine_programs() -> Iterator[Finding]:
     yield Finding("sbatch", "ok" if sbatch else "absent", sbatch or "not on PATH", "" if sbatch else "needed by `submit` alone")
 
 
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the verb to the command line."""
+    parser: argparse.ArgumentParser = subparsers.add_parser("doctor", help="what is installed here and which kernels that turns on")
+    add_arguments(parser)
+    parser.set_defaults(handler=command)
+    return parser
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("--run-dir", type=Path, default=Path(), help="where runs will be written: its disk is looked at (default: here)")
