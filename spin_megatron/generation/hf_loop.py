@@ -36,6 +36,7 @@ ATTENTION_NAME = "spin_rows"
 EXPERTS_NAME = "spin_padded_groups"
 _SMALLEST_WIDTH = 8
 _CHECK_STEPS = 4
+_PACKED_FOR_ROWS = 16  # one constant: the block order, and with it the last bit, depends on it
 _OPTIONS = ("device",)
 
 
@@ -70,7 +71,7 @@ def load(spec: EngineSpec, _folder: Path) -> "HfLoop":
     device = _device(spec)
     model = model.to(device).eval().requires_grad_(False)
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        pack_linears(model, spec.batch_size)
+        pack_linears(model)
     return HfLoop(model, shape, spec, device)
 
 
@@ -197,10 +198,10 @@ class PackedLinear(torch.nn.Module):
     576 x 49152, since the weight is not rearranged in each call. All numbers of rows from 2 on gave the same bits.
     """
 
-    def __init__(self, linear: torch.nn.Linear, num_rows: int) -> None:
+    def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         # The operators torch's own compiler freezes CPU models with; they have no public name (present from 2.1 to 2.13).
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), num_rows)  # noqa: SLF001
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKED_FOR_ROWS)  # noqa: SLF001
         bias: Tensor | None = linear.bias
         self._bias = None if bias is None else bias.detach()
 
@@ -210,12 +211,12 @@ class PackedLinear(torch.nn.Module):
         return output
 
 
-def pack_linears(model: torch.nn.Module, num_rows: int) -> None:
-    """Replace every Linear layer of a model in place; num_rows is the usual number of rows a product has."""
+def pack_linears(model: torch.nn.Module) -> None:
+    """Replace every Linear layer of a model in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is torch.nn.Linear:
-                setattr(parent, name, PackedLinear(child, num_rows))
+                setattr(parent, name, PackedLinear(child))
 
 
 def padded_experts(module: Any, hidden_TH: Tensor, experts_TX: Tensor, weights_TX: Tensor) -> Tensor:

@@ -1,0 +1,201 @@
+"""What every generation engine must do, run on each provider that is installed here."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from spin_megatron.generation.engine import PROVIDERS, Engine, EngineSpec, Prompt, Sampling, eos_token_ids, provider
+from spin_megatron.run.records import GeneratedRow
+from spin_megatron.run.seeds import row_seed
+from tests.unit.tiny_models import TINY, write_model
+
+EOS = (2, 3)
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=20, eos_ids=EOS)
+SAMPLED = replace(GREEDY, temperature=1.0)
+AVAILABLE = ["builtin"]
+assert set(AVAILABLE) <= set(PROVIDERS)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, TINY, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module", params=AVAILABLE)
+def engine(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    spec = EngineSpec(model_folder, "float32", batch_size=5, max_prompt_tokens=40, max_new_tokens=20)
+    chosen, folder = provider(request.param), tmp_path_factory.mktemp("engine")
+    chosen.build(spec, folder)
+    with closing(chosen.load(spec, folder)) as loaded:
+        yield loaded
+
+
+def make_prompts(count: int = 14) -> list[Prompt]:
+    """Prompts of 1 to 40 tokens with the seeds a run would give them."""
+    generator = random.Random(7)
+    lengths = [1, 40] + [generator.randrange(2, 40) for _ in range(count - 2)]
+    return [
+        Prompt(f"ex-{i}", tuple(generator.randrange(4, TINY.vocab_size) for _ in range(length)), row_seed(1, "generate", 0, f"ex-{i}"))
+        for i, length in enumerate(lengths)
+    ]
+
+
+def by_id(rows: Iterator[GeneratedRow]) -> dict[str, GeneratedRow]:
+    listed = list(rows)
+    assert len({row.example_id for row in listed}) == len(listed)
+    return {row.example_id: row for row in listed}
+
+
+def greedy_by_transformers(folder: Path, prompts: Sequence[Prompt], eos_ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt.token_ids])
+        settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": list(eos_ids), "pad_token_id": 0}
+        outputs.append(model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :].tolist())
+    return outputs
+
+
+def test_greedy_responses_equal_those_of_transformers_generate_in_fp32(engine: Engine, model_folder: Path) -> None:
+    prompts = make_prompts()
+    expected = greedy_by_transformers(model_folder, prompts, EOS, 20)
+    rows = by_id(engine.generate(prompts, GREEDY))
+    assert [list(rows[prompt.example_id].token_ids) for prompt in prompts] == expected
+    assert len({tuple(tokens) for tokens in expected}) > 10  # the model says something different for each
+
+
+def test_a_response_ends_with_eos_exactly_when_it_stopped(engine: Engine) -> None:
+    rows = by_id(engine.generate(make_prompts(40), SAMPLED))
+    reasons = {row.finish_reason for row in rows.values()}
+    assert reasons == {"stop", "length"}
+    for row in rows.values():
+        assert (row.token_ids[-1] in EOS) == (row.finish_reason == "stop")
+        assert not set(row.token_ids[:-1]) & set(EOS)
+        assert 1 <= len(row.token_ids) <= 20
+        assert row.finish_reason == "stop" or len(row.token_ids) == 20
+
+
+def test_every_eos_id_ends_a_response(engine: Engine, model_folder: Path) -> None:
+    # Two tokens that greedy decoding emits on the way become EOS ids: responses must stop at the first of either.
+    prompts = make_prompts()
+    free = greedy_by_transformers(model_folder, prompts, [0], 20)
+    eos_ids = (free[0][5], free[1][3])
+    rows = by_id(engine.generate(prompts, replace(GREEDY, eos_ids=eos_ids)))
+    for prompt, tokens in zip(prompts, free, strict=True):
+        ends = [i for i, token in enumerate(tokens) if token in eos_ids]
+        expected = tokens[: ends[0] + 1] if ends else None
+        if expected is not None:
+            assert (list(rows[prompt.example_id].token_ids), rows[prompt.example_id].finish_reason) == (expected, "stop")
+
+
+def test_a_response_that_stops_on_its_last_allowed_token_has_stopped(engine: Engine, model_folder: Path) -> None:
+    prompts = make_prompts()[:1]
+    tokens = greedy_by_transformers(model_folder, prompts, [0], 20)[0]
+    first = tokens.index(tokens[4])
+    sampling = replace(GREEDY, eos_ids=(tokens[4],), max_new_tokens=first + 1)
+    (row,) = engine.generate(prompts, sampling)
+    assert (list(row.token_ids), row.finish_reason) == (tokens[: first + 1], "stop")
+
+
+def test_seeds_decide_the_responses_and_nothing_else_does(engine: Engine) -> None:
+    prompts = make_prompts()
+    first, again = by_id(engine.generate(prompts, SAMPLED)), by_id(engine.generate(prompts, SAMPLED))
+    assert first == again
+    assert [first[prompt.example_id].seed for prompt in prompts] == [prompt.seed for prompt in prompts]
+    other = by_id(engine.generate([replace(prompt, seed=prompt.seed + 1) for prompt in prompts], SAMPLED))
+    changed = sum(first[key].token_ids != other[key].token_ids for key in first)
+    assert changed >= len(prompts) - 1
+
+
+def test_equal_prompts_with_different_seeds_get_different_responses(engine: Engine) -> None:
+    prompt = make_prompts()[3]
+    rows = by_id(engine.generate([replace(prompt, example_id=f"copy-{i}", seed=i) for i in range(8)], SAMPLED))
+    assert len({row.token_ids for row in rows.values()}) > 5
+
+
+def test_top_k_one_is_greedy(engine: Engine) -> None:
+    prompts = make_prompts()
+    greedy, top_one = by_id(engine.generate(prompts, GREEDY)), by_id(engine.generate(prompts, replace(SAMPLED, top_k=1)))
+    assert {key: row.token_ids for key, row in greedy.items()} == {key: row.token_ids for key, row in top_one.items()}
+
+
+def test_no_prompts_give_no_responses(engine: Engine) -> None:
+    assert list(engine.generate([], SAMPLED)) == []
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "reason"),
+    [
+        ((), "empty prompt"),
+        ((4,) * 41, "max_prompt_tokens=40"),
+        ((4, TINY.vocab_size), "outside the model's vocabulary of 259"),
+        ((4, -1), "outside the model's vocabulary of 259"),
+    ],
+)
+def test_a_prompt_the_model_cannot_answer_is_refused_before_any_work(engine: Engine, token_ids: tuple[int, ...], reason: str) -> None:
+    prompts = [*make_prompts(), Prompt("broken", token_ids, 1)]
+    with pytest.raises(ValueError, match=reason) as caught:
+        engine.generate(prompts, GREEDY)  # at the call, not at the first row
+    assert "broken" in str(caught.value)
+
+
+def test_a_repeated_example_is_refused(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="ex-0 comes twice"):
+        engine.generate([make_prompts()[0], make_prompts()[0]], GREEDY)
+
+
+def test_more_new_tokens_than_the_engine_was_made_for_are_refused(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="exceeds the engine's limit 20"):
+        engine.generate(make_prompts(), replace(GREEDY, max_new_tokens=21))
+
+
+def test_an_eos_id_outside_the_vocabulary_is_refused(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="EOS ids \\[259\\]"):
+        engine.generate(make_prompts(), replace(GREEDY, eos_ids=(2, 259)))
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_prompt_and_response_must_fit_the_model_s_positions(name: str, model_folder: Path, tmp_path: Path) -> None:
+    spec = EngineSpec(model_folder, "float32", batch_size=2, max_prompt_tokens=60, max_new_tokens=20)
+    chosen = provider(name)
+    chosen.build(spec, tmp_path)
+    with closing(chosen.load(spec, tmp_path)) as engine, pytest.raises(ValueError, match="64 positions"):
+        engine.generate([Prompt("long", (4,) * 45, 1)], GREEDY)
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_an_unknown_option_is_refused_by_name(name: str, model_folder: Path, tmp_path: Path) -> None:
+    spec = EngineSpec(model_folder, "float32", batch_size=2, max_prompt_tokens=8, max_new_tokens=8, options={"devise": "cpu"})
+    with pytest.raises(ValueError, match="devise"):
+        provider(name).build(spec, tmp_path)
+
+
+def test_describe_names_the_engine(engine: Engine, request: pytest.FixtureRequest) -> None:
+    facts = engine.describe()
+    assert facts["engine"] in PROVIDERS
+    assert facts["dtype"] == "float32"
+
+
+def test_an_unknown_provider_is_refused_with_the_valid_choices() -> None:
+    with pytest.raises(ValueError, match="builtin"):
+        provider("bulitin")
+
+
+def test_eos_ids_come_from_the_generation_config_then_the_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    assert eos_token_ids(tmp_path) == (7,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7, 9]}')
+    assert eos_token_ids(tmp_path) == (7, 9)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert eos_token_ids(tmp_path) == (7,)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="eos_token_id"):
+        eos_token_ids(tmp_path)
