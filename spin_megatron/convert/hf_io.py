@@ -92,21 +92,27 @@ class HfFolder:
         headers = [(name, entry.dtype, entry.shape) for name, entry in self.entries.items()]
         return digest_values([files, headers, (self.path / "config.json").read_text(encoding="utf-8")])
 
+    def entry(self, name: str) -> TensorEntry:
+        """Where a tensor lies; a name the folder lacks raises ValueError."""
+        if name not in self.entries:
+            raise ValueError(f"{self.path} lacks {name}; is config.json that of these weights?")
+        return self.entries[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.entries[name].shape
+        return self.entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.entries[name].dtype]
+        return DTYPES[self.entry(name).dtype]
 
     def get_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Read [start, stop) along one dimension (0 or 1): a view of the mapped file, so copy it before changing it."""
-        view = self._handle(self.entries[name].file).get_slice(name)
+        view = self._handle(self.entry(name).file).get_slice(name)
         found: Tensor = view[start:stop] if dim == 0 else view[:, start:stop]
         return found
 
     def get_tensor(self, name: str) -> Tensor:
         """Read a whole tensor: a view of the mapped file, so copy it before changing it."""
-        found: Tensor = self._handle(self.entries[name].file).get_tensor(name)
+        found: Tensor = self._handle(self.entry(name).file).get_tensor(name)
         return found
 
     def _handle(self, file: Path) -> Any:

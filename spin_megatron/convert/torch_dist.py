@@ -55,12 +55,7 @@ _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 
 def hf_to_torch_dist(
-    source: Path,
-    destination: Path,
-    *,
-    max_file_bytes: int = TORCH_DIST_FILE_BYTES,
-    workers: int | None = None,
-    show: bool = True,
+    source: Path, destination: Path, *, max_file_bytes: int = TORCH_DIST_FILE_BYTES, workers: int | None = None, show: bool = True
 ) -> None:
     """Write a Hugging Face folder as a torch_dist checkpoint that Megatron Core loads at any TP, PP, VPP and EP.
 
@@ -101,8 +96,13 @@ def hf_to_torch_dist(
 def _pieces(folder: HfFolder, shape: ModelShape) -> Iterator[Piece]:
     """Everything a checkpoint of this shape holds, in the order of layers, in which sources are usually stored."""
     entries = sorted(parameters(shape), key=lambda entry: _order(entry.sources[0].name))
+    dtypes: dict[str, torch.dtype] = {}
     for entry in entries:
-        dtype = folder.dtype(entry.sources[0].name)
+        name = entry.sources[0].name
+        dtype = folder.dtype(name)
+        if dtypes.setdefault(entry.saved[0], dtype) != dtype:
+            others = _dtype_name(dtypes[entry.saved[0]])
+            raise ValueError(f"{folder.path}: {name} is {_dtype_name(dtype)}, the same tensor of other layers {others}; store them in one.")
         stack = ((shape.num_layers, shape.num_experts or 0))[: len(entry.indices)]
         for start, stop in _row_ranges(entry, dtype):
             sizes = (*(1 for _ in stack), stop - start, *entry.shape[1:])
@@ -173,6 +173,10 @@ def _commit(destination: Path, key: str, settings: dict[str, int], inputs: dict[
     )
     write_manifest(destination, manifest)
     finish(destination)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _now() -> str:
@@ -280,7 +284,7 @@ class StoredWeights:
     def changed_dtype(self) -> str | None:
         """Name of the dtype when it is not the source's, else None."""
         dtype = self.dtype(_EMBEDDING)
-        return None if dtype == self._source.get(_EMBEDDING) else str(dtype).removeprefix("torch.")
+        return None if dtype == self._source.get(_EMBEDDING) else _dtype_name(dtype)
 
     def read(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of one tensor, in order, at most PIECE_BYTES each; rows may be a view of a mapped file."""
