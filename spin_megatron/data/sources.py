@@ -7,6 +7,7 @@ dataset of the hub: names, folders and the dataset card count. Other file types 
 """
 
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,8 @@ from typing import Any, Literal
 from spin_megatron.data.formats import FormatName, RowFormat, Turns, choose_format, content_id, read_conversation, read_id
 from spin_megatron.run.records import SftExample
 from spin_megatron.run.telemetry import progress_bar
+
+logger = logging.getLogger(__name__)
 
 FILE_TYPES = (".jsonl", ".json", ".parquet")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -76,8 +79,9 @@ def load_examples(
                 _check_id(seen, example_id, content_id(messages), where)
             examples.append(SftExample(example_id, messages, source, revision))
             advance()
-    if not examples:
+    if chosen is None:
         raise ValueError(f"data.source={source!r} (split {split!r}) has no rows; give a source that has some.")
+    logger.info("%s: %d rows of format %s, columns %s", source, len(examples), chosen.name, ", ".join(chosen.columns.values()))
     return examples
 
 
