@@ -10,6 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from spin_megatron.config import load_config
 from tests.rules.sources import REPOSITORY, imports, package_sources, report, text_files
 
 # Written in parts, so that this file does not break its own rules.
@@ -123,6 +124,18 @@ def test_shell_scripts_stop_at_the_first_error() -> None:
         # A file that others source (no interpreter line) must not change its reader's options.
         if text.startswith("#!") and "set -euo pipefail" not in text:
             offenders.append(f"{path.relative_to(REPOSITORY)} lacks: set -euo pipefail")
+    assert not offenders, report(offenders)
+
+
+def test_every_example_config_is_valid() -> None:
+    paths = sorted((REPOSITORY / "examples").rglob("*.toml"))
+    assert REPOSITORY / "examples" / "quickstart" / "quickstart.toml" in paths
+    offenders = []
+    for path in paths:
+        try:
+            load_config(path)
+        except ValueError as error:
+            offenders.append(str(error))
     assert not offenders, report(offenders)
 
 
