@@ -1,0 +1,141 @@
+"""Bytes the planner names, against bytes that Megatron Core and autograd hold on CPU for a small model."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from spin_megatron.mcore.model import SpinModel, build_model
+from spin_megatron.mcore.optimizer import UpdateRule, apply_gradients, build_trainer, clear_gradients, parts
+from spin_megatron.mcore.runtime import running
+from spin_megatron.plan.layouts import RECOMPUTE_ORDER
+from spin_megatron.plan.memory import OptimizerName, Precision, TrainSettings, layer_widths, state_bytes
+from spin_megatron.plan.shape import ModelShape, ParallelLayout
+from tests.parity.fake_ranks import fake_rank
+from tests.parity.gloo import run_ranks
+
+# Odd sizes, so that padding shows: norms of 72 and head_dim 12 are no multiples of 64, the vocabulary is prime.
+TINY = ModelShape("qwen3", 4, 72, 88, 6, 2, 12, 257, 64, 1e-6, 1e4, qk_norm=True)
+TIED = replace(TINY, family="llama", qk_norm=False, tied_embeddings=True)
+MIXTURE = replace(TINY, family="mixtral", qk_norm=False, num_experts=4, experts_per_token=2, expert_ffn_hidden_size=88)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def measure_state(shape: ModelShape, layout: ParallelLayout, precision: Precision, optimizer: OptimizerName, is_sharded: bool) -> Any:
+    """(pipeline rank, data rank, weights, gradients, optimizer) in bytes, after one update."""
+    with running(layout, device="cpu", seed=0) as runtime:
+        chunks = build_model(shape, runtime, dtype=DTYPES[precision])
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                torch.nn.init.zeros_(parameter)
+        rule = UpdateRule(optimizer, is_distributed=is_sharded)
+        trainer = build_trainer(chunks, rule)
+        clear_gradients(trainer)
+        apply_gradients(trainer, learning_rate=1e-3)
+        buffers = [buffer for chunk in trainer.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
+        weights = sum(_storages([parameter for chunk in chunks for parameter in chunk.parameters()]).values())
+        return runtime.pipeline_rank, runtime.data_rank, weights, gradients, _optimizer_bytes(trainer.optimizer, rule, weights_kept=chunks)
+
+
+def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:
+    """Bytes of each storage the tensors lie in."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def _optimizer_bytes(optimizer: Any, rule: UpdateRule, *, weights_kept: list[SpinModel]) -> int:
+    """Main parameters that are not the model's own weights, and the rule's moments."""
+    own = _storages([parameter for chunk in weights_kept for parameter in chunk.parameters()])
+    total = 0
+    for part in parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.untyped_storage().data_ptr() not in own:
+                    total += parameter.nbytes
+                total += sum(part.optimizer.state[parameter][name].nbytes for name in rule.state_names)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "precision", "optimizer", "is_sharded"),
+    [
+        pytest.param(TINY, ParallelLayout(data=2), "bfloat16", "adamw", True, id="AdamW over two data ranks"),
+        pytest.param(TINY, ParallelLayout(tensor=2, data=2), "bfloat16", "rmsprop", True, id="RMSProp TP2 DP2"),
+        pytest.param(TINY, ParallelLayout(data=3), "float32", "adamw", True, id="fp32 has no second copy of the weights"),
+        pytest.param(TINY, ParallelLayout(data=2), "bfloat16", "adamw", False, id="every data rank holds all of it"),
+        pytest.param(TIED, ParallelLayout(pipeline=2, data=2), "bfloat16", "adamw", True, id="tied embedding has a bucket of its own"),
+        pytest.param(TINY, ParallelLayout(pipeline=2, virtual_pipeline=2), "bfloat16", "adamw", True, id="each virtual stage has buffers"),
+        pytest.param(MIXTURE, ParallelLayout(data=2, expert=2), "bfloat16", "adamw", True, id="experts are shared by fewer ranks"),
+    ],
+)
+def test_planned_state_is_what_megatron_core_allocates(
+    shape: ModelShape, layout: ParallelLayout, precision: Precision, optimizer: OptimizerName, is_sharded: bool
+) -> None:
+    settings = TrainSettings(64, 1, precision=precision, optimizer=optimizer, distributed_optimizer=is_sharded)
+    for pipeline_rank, data_rank, *measured in run_ranks(
+        measure_state, layout.world_size, shape, layout, precision, optimizer, is_sharded, timeout=120
+    ):
+        planned = state_bytes(shape, layout, settings, pipeline_rank, data_rank)
+        assert [planned.weights, planned.gradients, planned.optimizer] == measured, (pipeline_rank, data_rank)
+
+
+def kept_for_backward(shape: ModelShape, layout: ParallelLayout, num_tokens: int) -> dict[str, int]:
+    """By recompute mode: bytes of the storages that autograd keeps of a forward, weights not counted."""
+    with fake_rank(layout, 0, device="cpu") as runtime:
+        return {mode: _kept(build_model(shape, runtime, dtype=torch.bfloat16, recompute=mode)[0], num_tokens) for mode in RECOMPUTE_ORDER}
+
+
+def layer_bytes(shape: ModelShape, layout: ParallelLayout, num_tokens: int) -> dict[str, float]:
+    """By recompute mode: bytes of one layer, the difference between four and two layers, so that embedding and head drop out."""
+    deep, flat = (kept_for_backward(replace(shape, num_layers=number), layout, num_tokens) for number in (4, 2))
+    return {mode: (deep[mode] - flat[mode]) / 2 for mode in deep}
+
+
+def _kept(chunk: SpinModel, num_tokens: int) -> int:
+    for parameter in chunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    own = _storages(list(chunk.parameters()))
+    kept: dict[int, int] = {}
+    held: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.update(_storages([tensor]))
+        held.append(tensor)  # alive until counted: a freed storage's address would be used again
+        return tensor
+
+    rows_R = torch.zeros(0, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        chunk.train()(
+            torch.zeros(1, num_tokens, dtype=torch.int64),
+            torch.arange(num_tokens)[None],
+            torch.tensor([[0, 0, 0, num_tokens]]),
+            rows_R,
+            rows_R,
+        )
+    return sum(num_bytes for address, num_bytes in kept.items() if address not in own)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(ParallelLayout(), id="one rank"),
+        pytest.param(ParallelLayout(tensor=2), id="TP2"),
+        pytest.param(ParallelLayout(tensor=2, sequence=True), id="TP2 SP"),
+    ],
+)
+def test_planned_activations_of_a_layer_are_what_autograd_keeps(layout: ParallelLayout) -> None:
+    """Exact, with what the CPU path keeps beyond the GPU's: the planner's formula has flash kernels over gathered keys and values.
+
+    CPU attention keeps values as a view of the whole projection, so the unrotated queries and keys stay too; rotary tables (cosine and
+    sine, for queries and keys) are made in each layer; each norm keeps one fp32 number a token.
+    """
+    shape = ModelShape("llama", 4, 128, 320, 8, 2, 16, 256, 4096, 1e-5, 1e4)
+    num_tokens = 128
+    widths = layer_widths(shape, layout, TrainSettings(num_tokens, 1))
+    unrotated = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim // layout.tensor
+    tables = 2 * 2 * 2 * shape.head_dim
+    norms = 2 * 4 // (layout.tensor if layout.sequence else 1)
+    for mode, num_bytes in layer_bytes(shape, layout, num_tokens).items():
+        beyond = 0 if mode == "full" else unrotated + tables + norms
+        assert num_bytes == (widths.token_bytes(2, mode) + beyond) * num_tokens, mode
