@@ -141,4 +141,4 @@ def test_every_example_config_is_valid() -> None:
 
 def test_every_folder_of_tests_holds_tests() -> None:
     folders = [path for path in (REPOSITORY / "tests").iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
-    assert sorted(folder.name for folder in folders if not list(folder.rglob("test_*.py"))) == []
+    assert sorted(folder.name for folder in folders if list(folder.rglob("*.py")) and not list(folder.rglob("test_*.py"))) == []
