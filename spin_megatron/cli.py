@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, end_with_parent, launch
+from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher, end_with_parent
 from spin_megatron.run.manifest import StageIncomplete, StaleStage
 
 DEFECT = 1
@@ -115,7 +115,8 @@ def _run_stage(arguments: argparse.Namespace) -> int:
     ref = StageRef(arguments.verb, arguments.iteration, getattr(arguments, "shard", None))
     loop.require_in_line(config, ref)
     if "RANK" not in os.environ:
-        return loop.launch_stage(config, layout, ref)
+        with Launcher() as launcher:
+            return loop.launch_stage(launcher, config, layout, ref)
     rank = int(os.environ["RANK"])
     stop_file = layout.stop_file(ref.iteration)
     signalled = _catch_stop_signals(polled=ref.name in _POLLING)
@@ -130,8 +131,10 @@ def _score(arguments: argparse.Namespace) -> int:
     if "RANK" in os.environ:
         score.run(arguments)
         return DONE
-    with tempfile.TemporaryDirectory() as folder:
-        code = launch(arguments.argv, world_size=arguments.tensor * arguments.pipeline, threads=_threads(), log_folder=Path(folder))
+    with tempfile.TemporaryDirectory() as folder, Launcher() as launcher:
+        code = launcher.launch(
+            arguments.argv, world_size=arguments.tensor * arguments.pipeline, threads=_threads(), log_folder=Path(folder)
+        )
         if code != DONE:
             for log_file in sorted(Path(folder).glob("attempt_*/rank_*.log")):
                 sys.stderr.write(f"--- {log_file.name}, last lines\n" + "".join(log_file.read_text().splitlines(keepends=True)[-20:]))

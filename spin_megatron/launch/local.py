@@ -10,10 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Self
 
 DONE, BAD_INPUT, INCOMPLETE, STOPPED = 0, 2, 3, 75
 GRACE_SECONDS = 20.0
@@ -23,31 +24,65 @@ _PARENT = "SPIN_MEGATRON_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
 
 
-def launch(arguments: Sequence[str], *, world_size: int, threads: int, log_folder: Path) -> int:
-    """Run `spin-megatron ARGUMENTS` as `world_size` ranks and wait for them.
+class Launcher:
+    """Starts stages and, inside `with`, passes a stop on to every rank that runs; enter it in the main thread.
 
-    Args:
-        arguments: verb and options; `--log-file` is added for each rank.
-        threads: OMP_NUM_THREADS of each rank.
-        log_folder: logs of this stage; a new attempt_N is made below it.
-
-    Returns:
-        0 when every rank returned 0, else the exit code of the rank that failed first.
+    `is_stopping` is true once SIGTERM or SIGINT came; nothing new is started then.
     """
-    attempt = _new_attempt(log_folder)
-    port = _free_port()
-    processes: list[subprocess.Popen[bytes]] = []
-    with _passed_on(lambda number: _signal_all(processes, number)):
+
+    def __init__(self) -> None:
+        self._stop_requested = threading.Event()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stop_requested.is_set()
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        _signal_all(self._processes, signal.SIGKILL)
+
+    def _stop(self, _number: int, _frame: object) -> None:
+        self._stop_requested.set()
+        _signal_all(self._processes, signal.SIGTERM)
+
+    def launch(self, arguments: Sequence[str], *, world_size: int, threads: int, log_folder: Path) -> int:
+        """Run `spin-megatron ARGUMENTS` as `world_size` ranks and wait for them. May be called from several threads.
+
+        Args:
+            arguments: verb and options; `--log-file` is added for each rank.
+            threads: OMP_NUM_THREADS of each rank.
+            log_folder: logs of this stage; a new attempt_N is made below it.
+
+        Returns:
+            0 when every rank returned 0, else the exit code of the rank that failed first.
+        """
+        if self.is_stopping:
+            return STOPPED
+        attempt = _new_attempt(log_folder)
+        port = _free_port()
+        ranks: list[subprocess.Popen[bytes]] = []
         for rank in range(world_size):
             log_file = attempt / f"rank_{rank}.log"
             command = [*PROGRAM, *arguments, "--log-file", str(log_file)]
             environment = _environment(rank, world_size, port, threads)
             if rank == 0:
-                processes.append(subprocess.Popen(command, env=environment))
+                process = subprocess.Popen(command, env=environment)
             else:
                 with open(log_file, "ab") as log:
-                    processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
-        return _wait(processes)
+                    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            ranks.append(process)
+            self._processes.append(process)
+        if self.is_stopping:  # the signal came between the two lines above
+            _signal_all(ranks, signal.SIGTERM)
+        return _wait(ranks)
 
 
 def end_with_parent() -> None:
@@ -126,15 +161,3 @@ def _signal_all(processes: list[subprocess.Popen[bytes]], number: int) -> None:
     for process in processes:
         if process.poll() is None:
             process.send_signal(number)
-
-
-@contextmanager
-def _passed_on(handler: Callable[[int], None]) -> Iterator[None]:
-    """While the ranks run, SIGTERM and SIGINT reach them instead of ending the launcher."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, lambda received, frame: handler(signal.SIGTERM)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from spin_megatron.config import RunConfig, apply_override, flat_settings, load_config, validate_config
-from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, launch
+from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
 from spin_megatron.pipeline import STAGES, StageName, StageRef, folder_of, line, log_folder, redo, require_current
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run import manifest as manifests
@@ -76,20 +76,21 @@ def run(arguments: argparse.Namespace) -> int:
         for ref in redo(config, layout, _parse_ref(arguments.redo)):
             logger.info("moved aside: %s", ref)
     refs = line(config)
-    for number, ref in enumerate(refs, start=1):
-        if ref.name == "generate" and ref.shard:
-            continue  # its siblings started with shard 0
-        group = [other for other in refs if (other.name, other.iteration) == (ref.name, ref.iteration)]
-        code = _run_group(config, layout, group, f"[{number}/{len(refs)}]")
-        if code != DONE:
-            return code
+    with Launcher() as launcher:
+        for number, ref in enumerate(refs, start=1):
+            if ref.name == "generate" and ref.shard:
+                continue  # its siblings started with shard 0
+            group = [other for other in refs if (other.name, other.iteration) == (ref.name, ref.iteration)]
+            code = _run_group(launcher, config, layout, group, f"[{number}/{len(refs)}]")
+            if code != DONE:
+                return code
     from spin_megatron.report.overview import print_iterations
 
     print_iterations(config, layout)
     return DONE
 
 
-def _run_group(config: RunConfig, layout: RunLayout, group: list[StageRef], position: str) -> int:
+def _run_group(launcher: Launcher, config: RunConfig, layout: RunLayout, group: list[StageRef], position: str) -> int:
     """Run one stage, or all shards of generate, some at a time."""
     missing = []
     for ref in group:
@@ -103,7 +104,7 @@ def _run_group(config: RunConfig, layout: RunLayout, group: list[StageRef], posi
         return DONE
     logger.info("%s %s", position, ", ".join(str(ref) for ref in missing))
     with ThreadPoolExecutor(max_workers=1 if len(missing) == 1 else config.launch.shard_processes) as pool:
-        codes = list(pool.map(lambda ref: launch_stage(config, layout, ref), missing))
+        codes = list(pool.map(lambda ref: launch_stage(launcher, config, layout, ref), missing))
     failed = [(ref, code) for ref, code in zip(missing, codes, strict=True) if code != DONE]
     for ref, code in failed:
         log_file = log_folder(layout, ref) / "latest" / "rank_0.log"
@@ -111,11 +112,11 @@ def _run_group(config: RunConfig, layout: RunLayout, group: list[StageRef], posi
     return failed[0][1] if failed else DONE
 
 
-def launch_stage(config: RunConfig, layout: RunLayout, ref: StageRef) -> int:
+def launch_stage(launcher: Launcher, config: RunConfig, layout: RunLayout, ref: StageRef) -> int:
     """Start the ranks of one stage on this machine and wait for them."""
     shard = [] if ref.shard is None else ["--shard", str(ref.shard)]
     changes = [option for change in _changes(config, layout) for option in ("--set", change)]
-    return launch(
+    return launcher.launch(
         [ref.name, "--run-dir", str(layout.root), "--iteration", str(ref.iteration), *shard, *changes],
         world_size=config.parallel.layout().world_size if STAGES[ref.name].distributed else 1,
         threads=config.launch.threads_per_process,

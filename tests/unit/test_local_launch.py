@@ -24,7 +24,8 @@ def rank_program(tmp_path: Path, body: str) -> tuple[str, ...]:
 def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, world_size: int = 2) -> int:
     monkeypatch.setattr(local, "PROGRAM", rank_program(tmp_path, body))
     monkeypatch.setattr(local, "GRACE_SECONDS", 0.5)
-    return local.launch(["train"], world_size=world_size, threads=1, log_folder=tmp_path / "logs")
+    with local.Launcher() as launcher:
+        return launcher.launch(["train"], world_size=world_size, threads=1, log_folder=tmp_path / "logs")
 
 
 def test_all_ranks_done_is_zero_and_each_has_its_coordinates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -69,7 +70,8 @@ def start_launcher(tmp_path: Path, body: str) -> subprocess.Popen[bytes]:
         from pathlib import Path
         from spin_megatron.launch import local
         local.PROGRAM = {program!r}
-        raise SystemExit(local.launch(["train"], world_size=2, threads=1, log_folder=Path({str(tmp_path / "logs")!r})))
+        with local.Launcher() as launcher:
+            raise SystemExit(launcher.launch(["train"], world_size=2, threads=1, log_folder=Path({str(tmp_path / "logs")!r})))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     for _ in range(600):
