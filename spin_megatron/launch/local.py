@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 class Launcher:
     """Starts stages and, inside `with`, passes a stop on to every rank that runs; enter it in the main thread.
 
-    `is_stopping` is true once SIGTERM or SIGINT came; nothing new is started then.
+    Once SIGTERM or SIGINT came, nothing new is started.
     """
 
     def __init__(self) -> None:
@@ -35,8 +35,8 @@ class Launcher:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._previous: dict[int, Any] = {}
 
-    @property
     def is_stopping(self) -> bool:
+        """Whether a stop was asked for."""
         return self._stop_requested.is_set()
 
     def __enter__(self) -> Self:
@@ -64,7 +64,7 @@ class Launcher:
         Returns:
             0 when every rank returned 0, else the exit code of the rank that failed first.
         """
-        if self.is_stopping:
+        if self.is_stopping():
             return STOPPED
         attempt = _new_attempt(log_folder)
         port = _free_port()
@@ -80,7 +80,7 @@ class Launcher:
                     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             ranks.append(process)
             self._processes.append(process)
-        if self.is_stopping:  # the signal came between the two lines above
+        if self.is_stopping():  # the signal came between the two lines above
             _signal_all(ranks, signal.SIGTERM)
         return _wait(ranks)
 
