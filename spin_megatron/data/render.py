@@ -77,6 +77,8 @@ class Renderer:
         self.eos_ids = frozenset(eos_ids)
         self._system = system
         self._tokenizer = _load_tokenizer(folder)
+        # One int object an id, shared by all rows: 8 bytes a token instead of 36, 1 GB instead of 4 for 200k rows of 600 tokens.
+        self._ids = tuple(range(max(self._tokenizer.get_vocab().values()) + 1))
         if not self._tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer in {folder} has no chat template, so it is unknown how the model expects its prompts. Put the template "
@@ -156,7 +158,7 @@ class Renderer:
         if not texts:
             return []
         encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [tuple(token_ids) for token_ids in encoded["input_ids"]]
+        return [tuple(map(self._ids.__getitem__, token_ids)) for token_ids in encoded["input_ids"]]
 
     def _answer(self, texts: tuple[str, str], prompt_ids: TokenIds, whole_ids: TokenIds) -> TokenIds | None:
         """Tokens of what follows the prompt, or None where no cut at the boundary gives back the text."""
