@@ -11,8 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from spin_megatron.data.progress import Progress
 from spin_megatron.mcore.optimizer import Trainer
 from spin_megatron.mcore.optimizer_state import restore_state, sharded_state_to_load, sharded_state_to_save
 from spin_megatron.mcore.runtime import Runtime
@@ -36,24 +36,6 @@ logger = logging.getLogger(__name__)
 COMPLETE_NAME = "COMPLETE.json"
 SCHEMA = 1
 _PREFIX = "step_"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far training got. The sampler, the schedule and the optimizer's step count all follow from it.
-
-    step: updates made or skipped; epoch: the one that is under way; packs_consumed: of that epoch's order of packs.
-    num_skipped: updates left out because loss or gradients were not finite.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    packs_consumed: int = 0
-    num_skipped: int = 0
-
-    @property
-    def num_updates(self) -> int:
-        return self.step - self.num_skipped
 
 
 class _DirectSave(torch_strategies.TorchDistSaveShardedStrategy):
@@ -72,8 +54,11 @@ class _DirectSave(torch_strategies.TorchDistSaveShardedStrategy):
         )
 
 
-def save_training(root: Path, trainer: Trainer, progress: Progress, runtime: Runtime, *, keep: int) -> Path:
+def save_training(root: Path, trainer: Trainer, progress: Progress, runtime: Runtime, *, recipe: Mapping[str, Any], keep: int) -> Path:
     """Write the state of training below `root` and keep only the newest `keep` checkpoints there. Collective.
+
+    Args:
+        recipe: flat settings and input digests that the run must go on with; plain JSON values.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; on every rank.
@@ -84,7 +69,7 @@ def save_training(root: Path, trainer: Trainer, progress: Progress, runtime: Run
     # With the distributed optimizer one rank of each data-parallel group saves for all; the others have nothing to add.
     if optimizer_state := sharded_state_to_save(trainer, sharded_weights, num_updates=progress.num_updates):
         state["optimizer"] = optimizer_state
-    facts = {"progress": dataclasses.asdict(progress), "optimizer": trainer.rule.name}
+    facts = {"progress": dataclasses.asdict(progress), "recipe": dict(recipe)}
     _save(folder, state, kind="training", facts=facts, runtime=runtime)
     if runtime.rank == 0:
         for old in _complete_folders(root)[:-keep]:
@@ -92,13 +77,28 @@ def save_training(root: Path, trainer: Trainer, progress: Progress, runtime: Run
     return folder
 
 
-def save_weights(folder: Path, chunks: Sequence[nn.Module], runtime: Runtime) -> None:
-    """Write the weights alone, as export reads them. Collective.
+def save_weights(folder: Path, chunks: Sequence[nn.Module], runtime: Runtime, *, recipe: Mapping[str, Any]) -> None:
+    """Write the weights alone, as export reads them. Collective. The recipe is recorded as by `save_training`.
 
     Raises:
         OSError: as `save_training`.
     """
-    _save(folder, _by_chunk([_sharded_weights(chunk) for chunk in chunks]), kind="weights", facts={}, runtime=runtime)
+    _save(folder, _by_chunk([_sharded_weights(chunk) for chunk in chunks]), kind="weights", facts={"recipe": dict(recipe)}, runtime=runtime)
+
+
+def require_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Check that a whole checkpoint was made with this recipe.
+
+    Raises:
+        ValueError: it was not; the message lists the differences.
+    """
+    then, now = _read_facts(folder, kind=None)["recipe"], json.loads(json.dumps(dict(recipe)))
+    changed = [f"{name}: {then.get(name)!r} -> {now.get(name)!r}" for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(
+            f"{folder} was made with other settings or inputs:\n  " + "\n  ".join(changed) + "\nRestore them to go on from it, or remove "
+            f"the folder {folder.parent} to train anew."
+        )
 
 
 def is_complete(folder: Path) -> bool:
@@ -122,18 +122,14 @@ def newest_training(root: Path, runtime: Runtime) -> Path | None:
     return None if answer.item() < 0 else root / f"{_PREFIX}{int(answer.item()):08d}"
 
 
-def load_training(folder: Path, trainer: Trainer, runtime: Runtime) -> Progress:
+def load_training(folder: Path, trainer: Trainer, runtime: Runtime, *, recipe: Mapping[str, Any]) -> Progress:
     """Load weights, optimizer and random states. Collective.
 
     Raises:
-        ValueError: the checkpoint is not one of training, was made by another optimizer or schema, or its files are damaged.
+        ValueError: the checkpoint is not one of training, was made with another recipe or schema, or its files are damaged.
     """
     facts = _read_facts(folder, kind="training")
-    if facts["optimizer"] != trainer.rule.name:
-        raise ValueError(
-            f"{folder} holds the state of optimizer.name={facts['optimizer']!r}, the config says {trainer.rule.name!r}; "
-            "restore the setting, or redo the train stage."
-        )
+    require_recipe(folder, recipe)
     progress = Progress(**facts["progress"])
     sharded_weights = [_sharded_weights(chunk.module) for chunk in trainer.chunks]
     state = {**_by_chunk(sharded_weights), "optimizer": sharded_state_to_load(trainer, sharded_weights, num_updates=progress.num_updates)}

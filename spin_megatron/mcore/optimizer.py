@@ -16,6 +16,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
 OptimizerName = Literal["adamw", "rmsprop"]
@@ -71,6 +72,8 @@ def build_trainer(chunks: Sequence[nn.Module], rule: UpdateRule) -> Trainer:
     Args:
         chunks: this rank's GPTModel chunks (more than one with virtual pipeline stages).
     """
+    for chunk in chunks:
+        _mark_tensor_parallel(chunk)
     wrapped = [_wrap(chunk, index, rule) for index, chunk in enumerate(chunks)]
     config: Any = wrapped[0].config
     # Sums gradients over data-parallel ranks, over tensor-parallel ranks where sequence parallelism or q/k norms split their
@@ -98,6 +101,17 @@ def build_trainer(chunks: Sequence[nn.Module], rule: UpdateRule) -> Trainer:
             # Megatron Core's scheduler would do this each step; ours only sets the learning rate.
             group["weight_decay"] = rule.weight_decay * group["wd_mult"]
     return Trainer(wrapped, optimizer, rule)
+
+
+def _mark_tensor_parallel(chunk: nn.Module) -> None:
+    """Say which weights are shards: of the others only the first tensor rank's gradients count in the norm.
+
+    Megatron Core's layers do so together with drawing initial values, which is switched off here since weights are loaded.
+    Transformer Engine's layers do so always.
+    """
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) and module.weight is not None:
+            module.weight.tensor_model_parallel = True
 
 
 def _wrap(chunk: nn.Module, index: int, rule: UpdateRule) -> DistributedDataParallel:

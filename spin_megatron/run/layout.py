@@ -130,6 +130,10 @@ class RunLayout:
     def metrics(self, iteration: int) -> Path:
         return self.train(iteration) / "metrics.jsonl"
 
+    def train_events(self, iteration: int) -> Path:
+        """TensorBoard events of an iteration's updates: a run of its own, since each iteration counts steps from 0."""
+        return self.tensorboard / f"iter_{iteration}"
+
     def stop_file(self, iteration: int) -> Path:
         """Its existence asks the running train stage to save and leave."""
         return self.train(iteration) / "STOP"

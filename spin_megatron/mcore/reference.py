@@ -1,0 +1,175 @@
+"""Log-prob sums of pairs under fixed weights, and their cache: the opponent theta_t without a second model.
+
+`score_pairs` runs packs forward-only through the modules that are about to be trained. `cached_scores` does so once: it
+writes whole parts as it goes and goes on where a killed run stopped. A cache belongs to one identity (weights, packs,
+precision, layout, library versions, hardware); any other identity empties it, because only bits that the same computation
+would give again make step-0 margins exactly 0.
+"""
+
+import json
+import logging
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from spin_megatron.data.batches import PackBatch, make_batch
+from spin_megatron.data.packing import assign_ranks
+from spin_megatron.mcore.runtime import Runtime
+from spin_megatron.mcore.steps import gather_over_data, score_packs
+from spin_megatron.mcore.training import agreed_by_first_rank
+from spin_megatron.objective.logprobs import sequence_sums
+from spin_megatron.run.manifest import installed_versions, write_json
+from spin_megatron.run.records import Pack, ReferenceScore, SpinPair, read_all, read_rows, write_rows
+from spin_megatron.run.telemetry import Advance, progress_bar
+
+logger = logging.getLogger(__name__)
+
+PACKS_PER_PART = 128
+_IDENTITY_NAME = "IDENTITY.json"
+
+
+@dataclass(frozen=True)
+class PackedPairs:
+    """Pairs and the frozen plan that packs them.
+
+    pairs: pair_id -> pair, of all packs. pack_tokens, share_prompt: as the plan was made with.
+    """
+
+    pairs: Mapping[str, SpinPair]
+    packs: tuple[Pack, ...]
+    pack_tokens: int
+    share_prompt: bool
+
+    @classmethod
+    def read(cls, pairs_path: Path, packs_path: Path, *, pack_tokens: int, share_prompt: bool) -> "PackedPairs":
+        """Read the merge stage's files.
+
+        Raises:
+            ValueError: a file is damaged, or the plan does not hold exactly the pairs of the file.
+        """
+        pairs = {pair.pair_id: pair for pair in read_rows(pairs_path, SpinPair)}
+        packs = tuple(read_rows(packs_path, Pack))
+        planned = [pair_id for pack in packs for pair_id in pack.pair_ids]
+        if sorted(planned) != sorted(pairs):
+            found = f"{packs_path} plans {len(planned)} pairs that are not the {len(pairs)} of {pairs_path}"
+            raise ValueError(f"{found}; redo the merge stage.")
+        return cls(pairs, packs, pack_tokens, share_prompt)
+
+    def batch(self, pack: Pack) -> PackBatch:
+        """Lay a pack out as a micro-batch. Padding is token 0, which no branch attends to."""
+        pairs = [self.pairs[pair_id] for pair_id in pack.pair_ids]
+        return make_batch(pairs, pack_tokens=self.pack_tokens, pad_id=0, share_prompt=self.share_prompt)
+
+
+def numerics(runtime: Runtime, dtype: torch.dtype) -> dict[str, Any]:
+    """What decides a log-prob's last bits besides weights and packs. Data parallelism does not: a pack is computed by one copy."""
+    layout = runtime.layout
+    facts = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "layout": [layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.sequence, layout.context, layout.expert],
+        "versions": installed_versions(),
+    }
+    if runtime.device.type == "cuda":
+        return facts | {"hardware": torch.cuda.get_device_name(runtime.device), "cuda": torch.version.cuda}
+    return facts | {"hardware": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads()}
+
+
+def score_pairs(
+    chunks: Sequence[nn.Module], packed: PackedPairs, packs: Sequence[Pack], runtime: Runtime, *, advance: Advance | None = None
+) -> list[ReferenceScore] | None:
+    """Log-prob sums of the packs' pairs, in the packs' order, on rank 0; None on other ranks. Collective.
+
+    Args:
+        packs: of packed.packs.
+        advance: called on each rank once for each pack it computes.
+    """
+    mine = assign_ranks(packs, runtime.layout.data)[runtime.data_rank]
+    batches = [packed.batch(pack) for pack in mine]
+    logps = score_packs(chunks, batches, runtime, advance=advance)
+    own = [score for batch, logp_R in zip(batches, logps, strict=False) for score in _scores(batch, logp_R)]
+    gathered = gather_over_data(own, runtime)
+    if gathered is None:
+        return None
+    by_id = {score.pair_id: score for scores in gathered for score in scores}
+    return [by_id[pair_id] for pack in packs for pair_id in pack.pair_ids]
+
+
+def _scores(batch: PackBatch, logp_R: torch.Tensor) -> list[ReferenceScore]:
+    sums_P2 = sequence_sums(logp_R, batch.lengths_Q).view(-1, 2).tolist()
+    lengths_P2 = batch.lengths_Q.view(-1, 2).tolist()
+    return [
+        ReferenceScore(pair_id, logp_real, logp_generated, num_real, num_generated)
+        for pair_id, (logp_real, logp_generated), (num_real, num_generated) in zip(batch.pair_ids, sums_P2, lengths_P2, strict=True)
+    ]
+
+
+def claim_cache(folder: Path, identity: Mapping[str, Any], runtime: Runtime) -> None:
+    """Make the folder a cache of this identity; scores of any other are dropped. Collective."""
+    if runtime.rank == 0:
+        path = folder / _IDENTITY_NAME
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        wanted = json.loads(json.dumps(identity))
+        if found != wanted:
+            if found is not None:
+                changed = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+                logger.warning("the reference cache was made with other %s; it is made anew", ", ".join(changed))
+            if folder.exists():
+                shutil.rmtree(folder)
+            write_json(path, wanted)
+    dist.barrier()
+
+
+def cached_scores(
+    path: Path,
+    packed: PackedPairs,
+    chunks: Sequence[nn.Module],
+    runtime: Runtime,
+    *,
+    description: str,
+    show: bool,
+    stop_requested: Callable[[], bool],
+) -> list[ReferenceScore] | None:
+    """Scores of all pairs, from `path` or computed and written there; the same list on all ranks. Collective.
+
+    Args:
+        path: the finished file, in a folder that `claim_cache` claimed.
+        stop_requested: polled on rank 0 after each part.
+
+    Returns:
+        None when it was stopped; the parts that are done are kept.
+    """
+    starts = range(0, len(packed.packs), PACKS_PER_PART)
+    parts = [path.with_name(f"{path.stem}_{number:05d}.parquet") for number in range(len(starts))]
+    is_done = _known_to_first_rank([path, *parts], runtime)
+    num_done = sum(min(PACKS_PER_PART, len(packed.packs) - start) for start, done in zip(starts, is_done[1:], strict=True) if done)
+    if not is_done[0]:
+        own_share = -(-len(packed.packs) // runtime.layout.data)
+        with progress_bar(description, own_share, done=num_done // runtime.layout.data, show=show) as advance:
+            for part, start, done in zip(parts, starts, is_done[1:], strict=True):
+                if done:
+                    continue
+                scores = score_pairs(chunks, packed, packed.packs[start : start + PACKS_PER_PART], runtime, advance=advance)
+                if scores is not None:
+                    write_rows(part, scores, ReferenceScore)
+                if agreed_by_first_rank(stop_requested(), runtime):
+                    return None
+        if runtime.rank == 0:
+            write_rows(path, read_all(parts, ReferenceScore), ReferenceScore)
+            for part in parts:
+                part.unlink()
+        dist.barrier()
+    return read_rows(path, ReferenceScore)
+
+
+def _known_to_first_rank(paths: Sequence[Path], runtime: Runtime) -> list[bool]:
+    """Which files are there, as rank 0 sees it: file systems may show a new file later to other machines."""
+    there = torch.tensor([int(path.exists()) for path in paths], dtype=torch.int32, device=runtime.device)
+    dist.broadcast(there, src=0)
+    return [bool(value) for value in there.tolist()]

@@ -1,0 +1,303 @@
+"""train: theta_{t+1} from theta_t and the pairs, in two phases on the same modules.
+
+1. Reference: every train and held-out pair is scored under theta_t, forward-only, with the packs, layout and precision of
+   phase 2; the sums are cached.
+2. Updates: the SPIN loss against the cached sums, epoch after epoch over the frozen packs in a new order. Before the first
+   update all margins must be exactly 0.
+
+Resumes from the newest whole checkpoint; the order of packs, the learning rate and the optimizer's step count all follow
+from `Progress`, so a killed run ends with the weights of an undisturbed one, bit for bit in fp32 at the same layout. Ends
+with a weights-only checkpoint, which export reads, and the scores of a few probe pairs under it.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spin_megatron.config import PER_ITERATION, flat_settings
+from spin_megatron.data.packing import assign_ranks
+from spin_megatron.data.progress import PlannedStep, Progress, StepPlan
+from spin_megatron.mcore import checkpoint
+from spin_megatron.mcore.model import SpinModel, build_model, load_huggingface
+from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer
+from spin_megatron.mcore.reference import PackedPairs, cached_scores, claim_cache, numerics, score_pairs
+from spin_megatron.mcore.runtime import Runtime, default_device, running
+from spin_megatron.mcore.training import Objective, StepOutcome, agreed_by_first_rank, train_step
+from spin_megatron.plan.schedule import Schedule
+from spin_megatron.plan.shape import ModelShape
+from spin_megatron.run.manifest import StageIncomplete, digest_values, read_manifest
+from spin_megatron.run.records import ReferenceScore, write_rows
+from spin_megatron.run.seeds import row_seed
+from spin_megatron.run.telemetry import MetricsWriter, progress_bar
+from spin_megatron.stages.context import StageContext, StageOutput
+
+logger = logging.getLogger(__name__)
+
+NUM_PROBE_PAIRS = 4
+# Settings that decide how the work is done, not what comes out.
+_OPERATIONAL = ("save_every_steps", "keep_checkpoints", "recompute", "distributed_optimizer", "max_skipped_steps")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all parts of this stage need."""
+
+    context: StageContext
+    runtime: Runtime
+    train: PackedPairs
+    held_out: PackedPairs
+    inputs: dict[str, str]
+    recipe: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.context.config.train.dtype)
+        return dtype
+
+    def stop_requested(self) -> bool:
+        """Whether to save and leave, the same on all ranks. Collective."""
+        return agreed_by_first_rank(self.context.stop_requested(), self.runtime)
+
+
+def run(context: StageContext) -> StageOutput:
+    """Train theta_{context.iteration + 1}; every rank calls it."""
+    layout, t, settings = context.layout, context.iteration, context.config.train
+    inputs = {"theta": _content_digest(layout.theta(t)), "pairs": _content_digest(layout.pairs(t))}
+    read = partial(PackedPairs.read, pack_tokens=settings.pack_tokens, share_prompt=settings.share_prompt)
+    train = read(layout.train_pairs(t), layout.train_packs(t))
+    held_out = read(layout.held_out_pairs(t), layout.held_out_packs(t))
+    if not train.packs:
+        raise ValueError(f"{layout.train_pairs(t)} holds no pair to train on; see {layout.pairs_report(t)} for what was dropped.")
+    with running(context.config.parallel.layout(), device=default_device(), seed=context.config.run.seed) as runtime:
+        job = _Job(context, runtime, train, held_out, inputs, _recipe(context, inputs))
+        is_done = _is_finished(job) or _train(job)
+    if runtime.rank != 0:
+        return StageOutput(files={}, stopped=not is_done)
+    if not is_done:
+        layout.stop_file(t).unlink(missing_ok=True)
+        return StageOutput(files={}, stopped=True)
+    checkpoint.remove_training(layout.checkpoints(t))  # the optimizer's state is of no use to anyone any more
+    return StageOutput(files=_files(context), summary=_summary(context))
+
+
+def _content_digest(folder: Path) -> str:
+    """Digest of what a finished stage's folder holds."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise StageIncomplete(f"{folder} is not complete; run the stage that makes it first (spin-megatron status shows the line).")
+    return digest_values([(output.path, output.sha256) for output in manifest.outputs])
+
+
+def _recipe(context: StageContext, inputs: dict[str, str]) -> dict[str, Any]:
+    """What decides the result, per-iteration settings as this iteration's scalars."""
+    flat = flat_settings(context.config, ("objective", "optimizer", "train"))
+    chosen = {name: value for name, value in flat.items() if name.partition(".")[2] not in _OPERATIONAL}
+    scalars = {name: getattr(context.scalars, name.partition(".")[2]) for name in PER_ITERATION if name in chosen}
+    return {"run.seed": context.config.run.seed, **chosen, **scalars, **{f"input.{name}": digest for name, digest in inputs.items()}}
+
+
+def _is_finished(job: _Job) -> bool:
+    """Whether an attempt that was killed before its manifest had made everything. Collective."""
+    layout, t = job.context.layout, job.context.iteration
+    is_finished = checkpoint.is_complete(layout.final_weights(t)) and layout.probe(t).exists()
+    if not agreed_by_first_rank(is_finished, job.runtime):
+        return False
+    checkpoint.require_recipe(layout.final_weights(t), job.recipe)
+    return True
+
+
+def _train(job: _Job) -> bool:
+    """Both phases, to the final weights; False when it saved and left on request."""
+    context, runtime, config = job.context, job.runtime, job.context.config
+    theta = context.layout.theta(context.iteration)
+    shape = ModelShape.from_huggingface(theta)
+    chunks = build_model(shape, runtime, dtype=job.dtype, recompute=config.train.recompute)
+    load_huggingface(chunks, theta, shape, runtime, show=context.show)
+    references = _reference_phase(job, chunks)
+    if references is None:
+        return False
+    rule = UpdateRule(
+        name=config.optimizer.name,
+        weight_decay=config.optimizer.weight_decay,
+        adam_beta1=config.optimizer.adam_beta1,
+        adam_beta2=config.optimizer.adam_beta2,
+        rmsprop_alpha=config.optimizer.rmsprop_alpha,
+        epsilon=config.optimizer.epsilon,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        # On one copy of the model there is nothing to distribute.
+        is_distributed=config.train.distributed_optimizer and runtime.layout.data * runtime.layout.context > 1,
+    )
+    trainer = build_trainer(chunks, rule)
+    if not _update_phase(job, trainer, references):
+        return False
+    _finish(job, chunks)
+    return True
+
+
+def _reference_phase(job: _Job, chunks: Sequence[SpinModel]) -> dict[str, ReferenceScore] | None:
+    """Phase 1: log-prob sums of all pairs under theta_t, by pair id, of the train pairs; None when stopped."""
+    layout, t = job.context.layout, job.context.iteration
+    claim_cache(layout.reference(t), {**job.inputs, **numerics(job.runtime, job.dtype)}, job.runtime)
+    parts = (
+        (layout.held_out_reference_scores(t), job.held_out, "reference log-probs (held-out packs)"),
+        (layout.reference_scores(t), job.train, "reference log-probs (packs)"),
+    )
+    scores: list[ReferenceScore] | None = None
+    for path, packed, description in parts:
+        scores = cached_scores(
+            path,
+            packed,
+            chunks,
+            job.runtime,
+            description=description,
+            show=job.context.show,
+            stop_requested=job.context.stop_requested,
+        )
+        if scores is None:
+            return None
+    assert scores is not None
+    return {score.pair_id: score for score in scores}
+
+
+def _update_phase(job: _Job, trainer: Trainer, references: dict[str, ReferenceScore]) -> bool:
+    """Phase 2, from the newest checkpoint on; False when stopped."""
+    context, runtime, scalars = job.context, job.runtime, job.context.scalars
+    root, settings = context.layout.checkpoints(context.iteration), context.config.train
+    newest = checkpoint.newest_training(root, runtime)
+    progress = Progress() if newest is None else checkpoint.load_training(newest, trainer, runtime, recipe=job.recipe)
+    if newest is not None:
+        logger.info("resumed from %s after %d steps", newest, progress.step)
+    plan = _step_plan(job)
+    skipped_in_row = 0
+    num_steps = plan.steps_per_epoch * scalars.stop_epoch
+    bar = progress_bar("train (steps)", num_steps, done=progress.step, show=context.show)
+    with bar as advance, _metrics_writer(job, progress) as writer:
+        for step in plan.remaining(progress):
+            started = time.perf_counter()
+            outcome, learning_rate = _make_step(job, trainer, references, step, plan)
+            progress = replace(step.after, num_skipped=progress.num_skipped + (not outcome.is_applied))
+            skipped_in_row = 0 if outcome.is_applied else skipped_in_row + 1
+            if writer is not None:
+                seconds = time.perf_counter() - started
+                writer.write(progress.step - 1, _numbers(step, outcome, learning_rate, progress, seconds))
+            advance(1, note=f"loss {outcome.metrics['loss']:.4f} margin {outcome.metrics['margin']:+.3f}")
+            has_failed, has_stopped = skipped_in_row >= settings.max_skipped_steps, job.stop_requested()
+            if has_failed or has_stopped or progress.step % settings.save_every_steps == 0:
+                checkpoint.save_training(root, trainer, progress, runtime, recipe=job.recipe, keep=settings.keep_checkpoints)
+            if has_failed:
+                raise ValueError(_failure(skipped_in_row, progress, root))
+            if has_stopped:
+                logger.info("stopped on request after %d of %d steps; the state is in %s", progress.step, num_steps, root)
+                return False
+    return True
+
+
+def _step_plan(job: _Job) -> StepPlan:
+    context = job.context
+    return StepPlan(
+        packs=job.train.packs,
+        pairs_per_step=context.config.train.global_batch_pairs,
+        data_parallel=job.runtime.layout.data,
+        seed=row_seed(context.config.run.seed, "train", context.iteration, "order of packs"),
+        num_epochs=context.scalars.stop_epoch,
+    )
+
+
+def _metrics_writer(job: _Job, progress: Progress) -> Any:
+    """A context: metrics.jsonl and TensorBoard on rank 0, None on the others."""
+    if job.runtime.rank != 0:
+        return nullcontext()
+    layout, t = job.context.layout, job.context.iteration
+    return closing(MetricsWriter(layout.metrics(t), layout.train_events(t), resume_step=progress.step))
+
+
+def _make_step(
+    job: _Job, trainer: Trainer, references: dict[str, ReferenceScore], step: PlannedStep, plan: StepPlan
+) -> tuple[StepOutcome, float]:
+    """One update of this rank's packs; logs what was skipped. Returns the outcome and the learning rate."""
+    config, scalars, runtime = job.context.config, job.context.scalars, job.runtime
+    objective = Objective(config.objective.loss, scalars.beta, config.objective.nll_weight, config.objective.length_normalised)
+    num_steps = plan.steps_per_epoch * scalars.schedule_epochs
+    schedule = Schedule(config.optimizer.schedule, scalars.learning_rate, num_steps, config.optimizer.warmup_fraction)
+    learning_rate = schedule.at(step.position)
+    outcome = train_step(
+        trainer,
+        [job.train.batch(pack) for pack in assign_ranks(step.packs, runtime.layout.data)[runtime.data_rank]],
+        references,
+        objective,
+        runtime,
+        num_pairs=step.num_pairs,
+        learning_rate=learning_rate,
+        must_start_at_zero=step.after.step == 1,
+    )
+    if outcome.suspects:
+        logger.warning("step %d: the loss is not finite in the packs of the pairs %s", step.after.step - 1, ", ".join(outcome.suspects))
+    if not outcome.is_applied and runtime.rank == 0:
+        packs = ", ".join(str(pack.pack_id) for pack in step.packs)
+        numbers = f"loss {outcome.metrics['loss']}, gradient norm {outcome.grad_norm}"
+        logger.warning("step %d is skipped: %s; packs %s", step.after.step - 1, numbers, packs)
+    return outcome, learning_rate
+
+
+def _numbers(step: PlannedStep, outcome: StepOutcome, learning_rate: float, progress: Progress, seconds: float) -> dict[str, float]:
+    """What metrics.jsonl keeps of a step."""
+    return {
+        **outcome.metrics,
+        "grad_norm": outcome.grad_norm,
+        "learning_rate": learning_rate,
+        "skipped": float(not outcome.is_applied),
+        "num_skipped": progress.num_skipped,
+        "seconds": seconds,
+        "pairs_per_second": step.num_pairs / seconds,
+        "tokens_per_second": sum(pack.num_tokens for pack in step.packs) / seconds,
+    }
+
+
+def _failure(skipped_in_row: int, progress: Progress, root: Path) -> str:
+    return (
+        f"loss or gradients were not finite in {skipped_in_row} steps in a row (train.max_skipped_steps), the last being step "
+        f"{progress.step - 1}; none of them changed the weights. The log names their packs and pairs. The state is kept in {root}: "
+        "the same command goes on after these steps. If it fails again, lower optimizer.learning_rate, set optimizer.max_grad_norm, "
+        'or use train.dtype = "float32", and train anew.'
+    )
+
+
+def _finish(job: _Job, chunks: Sequence[SpinModel]) -> None:
+    """Write the final weights and what they say of a few held-out pairs."""
+    layout, t = job.context.layout, job.context.iteration
+    checkpoint.save_weights(layout.final_weights(t), chunks, job.runtime, recipe=job.recipe)
+    scores = score_pairs(chunks, job.held_out, job.held_out.packs[:1], job.runtime)
+    if scores is not None:
+        write_rows(layout.probe(t), scores[:NUM_PROBE_PAIRS], ReferenceScore)
+
+
+def _files(context: StageContext) -> dict[Path, int | None]:
+    layout, t = context.layout, context.iteration
+    files = [path for path in sorted(layout.final_weights(t).iterdir()) if path.is_file()]
+    files += [layout.metrics(t), layout.probe(t), layout.reference_scores(t), layout.held_out_reference_scores(t)]
+    return dict.fromkeys(files)
+
+
+def _summary(context: StageContext) -> dict[str, Any]:
+    """First and last step of metrics.jsonl, and the run as a whole; over all attempts."""
+    lines = [json.loads(line) for line in context.layout.metrics(context.iteration).read_text(encoding="utf-8").splitlines()]
+    first, last = lines[0], lines[-1]
+    seconds = sum(line["seconds"] for line in lines)
+    return {
+        "steps": len(lines),
+        "skipped_steps": last["num_skipped"],
+        "first_loss": first["loss"],
+        "last_loss": last["loss"],
+        "last_margin": last["margin"],
+        "last_accuracy": last["accuracy"],
+        "update_seconds": round(seconds, 3),
+        "pairs_per_second": round(sum(line["num_pairs"] for line in lines) / seconds, 3),
+    }
