@@ -106,7 +106,7 @@ def test_every_imported_package_is_declared() -> None:
         pytest.param(MACHINE, "means nothing on another machine", id="paths and hosts of one machine"),
     ],
 )
-def test_no_text_holds(pattern: re.Pattern[str], reason: str) -> None:
+def test_no_text_of_the_repository_holds(pattern: re.Pattern[str], reason: str) -> None:
     offenders = []
     for path in text_files():
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
@@ -137,6 +137,20 @@ def test_every_example_config_is_valid() -> None:
         except ValueError as error:
             offenders.append(str(error))
     assert not offenders, report(offenders)
+
+
+def test_test_names_are_sentences() -> None:
+    offenders = []
+    for path in sorted((REPOSITORY / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and len(node.name.split("_")) < 4:
+                offenders.append(f"{path.relative_to(REPOSITORY)}:{node.lineno}: {node.name} says not what should be true")
+    assert not offenders, report(offenders)
+
+
+def test_modules_are_named_after_what_they_hold() -> None:
+    vague = {"helper", "helpers", "util", "utils", "utilities", "manager", "misc", "common", "tools"}
+    assert [str(source.path) for source in package_sources() if set(source.module.split(".")[1:]) & vague] == []
 
 
 def test_every_folder_of_tests_holds_tests() -> None:
