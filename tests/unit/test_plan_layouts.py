@@ -1,0 +1,183 @@
+"""Layouts that fit are ranked, those that do not are refused with their reason; the command prints both, without torch."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spin_megatron.config import load_config
+from spin_megatron.plan.command import check_config_fits
+from spin_megatron.plan.duration import Workload
+from spin_megatron.plan.hardware import find_gpu
+from spin_megatron.plan.layouts import Candidate, Question, Refusal, check_fits, enumerate_layouts, search, try_layout, usable_bytes
+from spin_megatron.plan.memory import TrainSettings, all_ranks
+from spin_megatron.plan.shape import ModelShape, ParallelLayout
+
+LLAMA3_8B = ModelShape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 1e-5, 5e5)
+LLAMA3_70B = replace(LLAMA3_8B, num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_heads=64)
+MIXTRAL = replace(LLAMA3_8B, family="mixtral", vocab_size=32000, num_experts=8, experts_per_token=2, expert_ffn_hidden_size=14336)
+CONFIG_JSON = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+}
+CONFIG_TOML = """
+[model]
+path = "meta-llama/Meta-Llama-3-70B-Instruct"
+revision = "main"
+[data]
+source = "HuggingFaceH4/ultrachat_200k"
+revision = "main"
+num_examples = 50000
+max_prompt_tokens = 512
+[train]
+pack_tokens = 4096
+[parallel]
+tensor = 8
+pipeline = 4
+sequence = true
+"""
+
+
+def question(shape: ModelShape = LLAMA3_70B, *, gpu: str = "h100", pairs: int = 64, **settings: Any) -> Question:
+    workload = Workload(50000, 123, 314, 314, (50000,), (2,))
+    return Question(shape, find_gpu(gpu), TrainSettings(4096, 1, **settings), workload, pairs, share_prompt=True)
+
+
+def test_every_layout_has_as_many_ranks_as_gpus_and_every_split_of_them_is_tried() -> None:
+    layouts = list(enumerate_layouts(LLAMA3_8B, 16, find_gpu("h100")))
+    assert {layout.world_size for layout in layouts} == {16}
+    assert len(set(layouts)) == len(layouts)
+    assert {(layout.tensor, layout.pipeline) for layout in layouts} == {
+        (tensor, pipeline) for tensor in (1, 2, 4, 8) for pipeline in (1, 2, 4, 8, 16) if tensor * pipeline <= 16
+    }
+    assert {layout.virtual_pipeline for layout in layouts if layout.pipeline == 4} == {1, 2, 4, 8}
+    assert all(layout.sequence == (layout.tensor > 1) for layout in layouts)
+
+
+def test_expert_ranks_divide_experts_and_data_ranks() -> None:
+    layouts = [layout for layout in enumerate_layouts(MIXTRAL, 8, find_gpu("h100")) if layout.tensor == layout.pipeline == 1]
+    assert [layout.expert for layout in layouts] == [1, 2, 4, 8]
+
+
+def test_the_best_layout_fits_on_every_rank_and_is_the_fastest() -> None:
+    asked = question()
+    found = search(asked, 32)
+    best = found.candidates[0]
+    assert best.layout.world_size == 32
+    assert max(memory.total for memory in all_ranks(LLAMA3_70B, best.layout, best.settings)) == best.memory.total
+    assert best.memory.total <= usable_bytes(asked.gpu)
+    rates = [candidate.pairs_per_second for candidate in found.candidates]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_70b_does_not_fit_on_8_h100_and_says_what_it_needs() -> None:
+    found = search(question(), 8)
+    assert found.candidates == []
+    reason = next(refusal.reason for refusal in found.refusals if refusal.layout == ParallelLayout(tensor=8, sequence=True))
+    # 70.55 G parameters / 8: weights 2 bytes, gradients 4, AdamW with one data rank 12.
+    assert "weights 17.6, gradients 35.3, optimizer 105.8" in reason
+    assert "train.recompute=full" in reason
+    assert "h100-80gb has 81.5 GB to use" in reason
+
+
+def test_more_recompute_is_taken_only_where_it_is_needed() -> None:
+    layout = ParallelLayout(data=8)
+    roomy = try_layout(question(LLAMA3_8B, gpu="h200"), layout)
+    tight = try_layout(question(LLAMA3_8B, gpu="h100"), layout)
+    assert isinstance(roomy, Candidate)
+    assert isinstance(tight, Candidate)
+    assert (roomy.settings.recompute, tight.settings.recompute) == ("none", "selective")
+    assert roomy.step.total < tight.step.total
+
+
+def test_a_layout_that_does_not_divide_the_model_is_refused_by_its_field() -> None:
+    outcome = try_layout(question(), ParallelLayout(tensor=3))
+    assert isinstance(outcome, Refusal)
+    assert "parallel.tensor=3 does not divide model.num_heads=64" in outcome.reason
+
+
+def test_data_ranks_that_make_the_batch_another_recipe_are_refused() -> None:
+    outcome = try_layout(question(LLAMA3_8B), ParallelLayout(data=32))
+    assert isinstance(outcome, Refusal)
+    # 4096 x 0.985 / (123 + 313 + 313) = 5.39 pairs a pack, 32 of them.
+    assert outcome.reason.startswith("parallel.data=32 packs of 5.4 pairs make 172 pairs an update, train.global_batch_pairs=64")
+
+
+def test_interleaved_stages_need_whole_rounds_of_micro_batches() -> None:
+    layout = ParallelLayout(tensor=8, pipeline=8, sequence=True, virtual_pipeline=2)
+    outcome = try_layout(question(), layout)
+    assert isinstance(outcome, Refusal)
+    assert "an update has 12" in outcome.reason  # 64 pairs are 11.9 packs
+    assert isinstance(try_layout(question(pairs=86), layout), Candidate)  # 15.97 packs: two rounds of eight
+
+
+def test_a_config_that_does_not_fit_is_refused_with_one_that_does(tmp_path: Path) -> None:
+    config, shape = _write_config(tmp_path)
+    fits = check_config_fits(load_config(config), "h100", model_config=shape)
+    assert fits.memory.total <= usable_bytes(find_gpu("h100"))
+    message = r"\[parallel\] tensor=8 pipeline=2 data=1 sequence=true: pipeline rank 0 needs .* on 16 GPUs this fits: .* train.recompute=full"
+    with pytest.raises(ValueError, match=message):
+        check_config_fits(load_config(config, ["parallel.pipeline=2", "train.pack_tokens=12288"]), "h100", model_config=shape)
+    with pytest.raises(ValueError, match="no layout of 2 GPUs fits; use more or larger GPUs"):
+        check_config_fits(load_config(config, ["parallel.pipeline=1", "parallel.tensor=2"]), "h100", model_config=shape)
+
+
+def test_the_named_cure_fits_when_it_is_taken() -> None:
+    asked = question(optimizer="adamw")
+    with pytest.raises(ValueError, match="on 32 GPUs this fits: tensor="):
+        check_fits(asked, ParallelLayout(data=8, tensor=4, sequence=True), "none")
+    best = search(asked, 32).candidates[0]
+    assert check_fits(asked, best.layout, best.settings.recompute).layout == best.layout
+
+
+def test_the_command_prints_tables_and_json_without_torch(tmp_path: Path) -> None:
+    config, shape = _write_config(tmp_path)
+    options = [str(config), "--gpus", "32", "--gpu", "h100-80gb", "--model-config", str(shape)]
+    tables = _plan(options)
+    assert "Best: tensor=8 pipeline=4 data=1" in tables
+    assert "Whole run:" in tables
+    assert "generate.engine=builtin runs on one GPU" in tables
+    plan = json.loads(_plan([*options, "--json"]))
+    assert plan["best"].startswith("tensor=8 pipeline=4 data=1")
+    assert [memory["pipeline_rank"] for memory in plan["ranks"]] == [0, 1, 2, 3]
+    assert plan["ranks"][0]["state"]["num_parameters"] == 2270756864
+    assert len(plan["iterations"]) == 3
+    assert all(refusal["reason"] for refusal in plan["refused"])
+
+
+def test_the_command_says_which_lengths_it_refuses(tmp_path: Path) -> None:
+    config, shape = _write_config(tmp_path)
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        _plan([str(config), "--gpus", "8", "--model-config", str(shape), "--prompt-tokens", "900"])
+    assert "--prompt-tokens 900 must be positive and at most data.max_prompt_tokens=512" in failure.value.stderr
+
+
+def _write_config(folder: Path) -> tuple[Path, Path]:
+    config, shape = folder / "config.toml", folder / "model.json"
+    config.write_text(CONFIG_TOML, encoding="utf-8")
+    shape.write_text(json.dumps(CONFIG_JSON), encoding="utf-8")
+    return config, shape
+
+
+def _plan(options: list[str]) -> str:
+    """`plan` in a fresh interpreter that has no torch."""
+    script = (
+        "import sys, argparse; sys.modules['torch'] = None\n"
+        "from spin_megatron.plan.command import add_parser\n"
+        "parser = argparse.ArgumentParser(); add_parser(parser.add_subparsers())\n"
+        "arguments = parser.parse_args(['plan', *sys.argv[1:]]); sys.exit(arguments.handler(arguments))\n"
+    )
+    return subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, timeout=120, check=True).stdout
