@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from spin_megatron.convert.families import Fetch, global_name, megatron_shard, padded_vocab
-from spin_megatron.convert.hf_io import HfFolder
+from spin_megatron.convert.hf_io import HfFolder, check_tensors
 from spin_megatron.mcore.attention import choose_backend
 from spin_megatron.mcore.layers import SpecKind, choose_layer_spec, layer_submodules
 from spin_megatron.mcore.runtime import Runtime
@@ -213,12 +213,12 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        **_expert_settings(shape, has_te=has_te),
+        **_expert_settings(shape, has_te=has_te, on_cuda=on_cuda),
         **_recompute_settings(recompute, is_dense=is_dense),
     )
 
 
-def _expert_settings(shape: ModelShape, *, has_te: bool) -> dict[str, Any]:
+def _expert_settings(shape: ModelShape, *, has_te: bool, on_cuda: bool) -> dict[str, Any]:
     """Routing as Mixtral and Qwen3-MoE have it: softmax over the chosen experts, no auxiliary loss, no dropped tokens."""
     if shape.num_experts is None:
         return {}
@@ -231,7 +231,8 @@ def _expert_settings(shape: ModelShape, *, has_te: bool) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": has_te,
-        "moe_token_dispatcher_type": "alltoall",
+        # Megatron Core's alltoall hands gloo its split sizes as tensors, which only the path over CUDA turns into numbers.
+        "moe_token_dispatcher_type": "alltoall" if on_cuda else "allgather",
     }
 
 
@@ -250,6 +251,7 @@ def load_huggingface(chunks: Sequence[SpinModel], folder: Path, shape: ModelShap
         ValueError: the folder lacks a tensor, or one has another shape than config.json says.
     """
     source = HfFolder(folder)
+    check_tensors(source, shape)
     load_parameters(chunks, source.get_slice, shape, runtime, show=show)
 
 

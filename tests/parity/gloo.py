@@ -42,7 +42,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         RankFailure: a rank failed or the time ran out.
     """
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
+    port = free_port()
     processes: list[BaseProcess] = []
     pipes: list[multiprocessing.connection.Connection] = []
     for rank in range(world_size):
@@ -126,7 +126,8 @@ def _collect(processes: list[BaseProcess], pipes: list[multiprocessing.connectio
     return [outcomes.get(rank, missing) for rank in range(len(pipes))]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
