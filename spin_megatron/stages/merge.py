@@ -237,14 +237,13 @@ def _sample_table(samples: Sequence[Sample], t: int) -> Table:
     for column in ("prompt", "y (human)", f"y' (theta_{t})"):
         table.add_column(column, overflow="fold", ratio=1)
     for sample in samples:
-        # Text, not str: brackets in an answer are no markup.
-        table.add_row(Text(_shorten_start(sample.prompt)), Text(_shorten(sample.real)), Text(_shorten(sample.generated)))
+        table.add_row(_shown(sample.prompt, end=True), _shown(sample.real), _shown(sample.generated))
     return table
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
-
-
-def _shorten_start(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARACTERS else f"...{text[3 - _SHOWN_CHARACTERS :]}"
+def _shown(text: str, *, end: bool = False) -> Text:
+    """The start (or end) of a text for the terminal: brackets are no markup, and control characters of a model command nothing."""
+    if len(text) > _SHOWN_CHARACTERS:
+        kept = _SHOWN_CHARACTERS - len("...")
+        text = f"...{text[-kept:]}" if end else f"{text[:kept]}..."
+    return Text("".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text))

@@ -288,12 +288,13 @@ def test_the_report_shows_leaks_warnings_and_samples(
 
 def test_the_sample_table_shows_brackets_as_they_are_the_end_of_prompts_and_the_start_of_answers() -> None:
     console = Console(record=True, width=200)
-    samples = [Sample("0:a", "#" * 300 + "END", "[bold]real[/bold]", "BEGIN" + "@" * 300)]
+    samples = [Sample("0:a", "#" * 300 + "END", "[bold]real[/bold]", "BEGIN\x1b[2J" + "@" * 300)]
     console.print(merge._sample_table(samples, 3))
     text = console.export_text()
     assert "[bold]real[/bold]" in text
-    # 240 characters each: "..." and 234 + "END"; "BEGIN" + 232 and "...".
-    assert (text.count("#"), text.count("@")) == (234, 232)
+    # 240 characters each: "..." and 234 + "END"; "BEGIN" + 4 (clear the screen, were its first not replaced) + 228 and "...".
+    assert (text.count("#"), text.count("@")) == (234, 228)
+    assert "\x1b" not in text
     assert "END" in text
     assert "BEGIN" in text
     assert "y' (theta_3)" in text
