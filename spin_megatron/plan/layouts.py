@@ -1,7 +1,7 @@
 """Every layout of a model on a number of GPUs: which fit and how fast each is, which do not and why.
 
-A layout is refused when it does not divide the model or the GPUs, when an update would hold far more pairs than asked for,
-when the interleaved schedule cannot run, or when a rank's memory does not fit. The rest are ranked by time a trained pair.
+A layout is refused when it does not divide the model or the GPUs, when an update would hold far more pairs than asked for, or
+when a rank's memory does not fit. The rest are ranked by pairs trained a second.
 """
 
 from collections.abc import Iterator
@@ -135,11 +135,6 @@ def _batch_reason(question: Question, layout: ParallelLayout, batch: Batch) -> s
         return (
             f"parallel.data={layout.data} packs of {batch.pairs_per_pack:.1f} pairs make {batch.pairs_per_step:.0f} pairs an update, "
             f"train.global_batch_pairs={question.global_batch_pairs} was asked for; raise it, lower train.pack_tokens or parallel.data."
-        )
-    if layout.virtual_pipeline > 1 and batch.micro_batches % layout.pipeline:
-        return (
-            f"parallel.virtual_pipeline={layout.virtual_pipeline} needs micro-batches in multiples of parallel.pipeline={layout.pipeline}, "
-            f"an update has {batch.micro_batches}; change train.global_batch_pairs, or use parallel.virtual_pipeline=1."
         )
     return None
 

@@ -196,13 +196,18 @@ def _moe_width(shape: ModelShape, layout: ParallelLayout) -> float:
     return shape.experts_per_token * per_copy + router_logits
 
 
+def scheduled_batches(layout: ParallelLayout, micro_batches: int) -> int:
+    """Packs the schedule runs: with virtual stages empty ones are added up to a multiple of the stages (mcore/steps.py, fill_schedule)."""
+    return micro_batches if layout.virtual_pipeline == 1 else -(-micro_batches // layout.pipeline) * layout.pipeline
+
+
 def chunks_in_flight(layout: ParallelLayout, pipeline_rank: int, micro_batches: int) -> int:
     """Model chunks whose activations a rank holds at once, a chunk of one micro-batch counted as one.
 
     1F1B: stage p starts pipeline - p micro-batches before its first backward. Interleaved: `get_pp_rank_microbatches` of
     megatron/core/pipeline_parallel/schedules.py, warm-up (pipeline - p - 1) x 2 + (virtual - 1) x pipeline, one more at the peak.
     """
-    everything = micro_batches * layout.virtual_pipeline
+    everything = scheduled_batches(layout, micro_batches) * layout.virtual_pipeline
     if layout.virtual_pipeline == 1:
         return min(layout.pipeline - pipeline_rank, everything)
     warm_up = 2 * (layout.pipeline - pipeline_rank - 1) + (layout.virtual_pipeline - 1) * layout.pipeline

@@ -8,7 +8,7 @@ which tests/unit/test_plan_published.py holds within 20%. Formulas, sources and 
 from dataclasses import dataclass, replace
 
 from spin_megatron.plan.hardware import Gpu
-from spin_megatron.plan.memory import FLOAT32_BYTES, Recompute, TrainSettings, expert_data_ranks, state_bytes
+from spin_megatron.plan.memory import FLOAT32_BYTES, Recompute, TrainSettings, expert_data_ranks, scheduled_batches, state_bytes
 from spin_megatron.plan.parameters import chunk_parameters, layers_per_chunk, padded_vocab, rank_parameters, split_by_kind
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 
@@ -231,9 +231,10 @@ def step_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings
     # when chunks are interleaved (arXiv 2104.04473, section 2.2).
     bubble = (sum(totals) - totals[slowest]) / layout.virtual_pipeline
     num_tokens = settings.micro_batches * settings.pack_tokens * layout.data
+    scheduled = scheduled_batches(layout, settings.micro_batches)
     return StepTime(
-        compute=settings.micro_batches * (stages[slowest].forward + stages[slowest].backward),
-        tensor=settings.micro_batches * stages[slowest].communication,
+        compute=scheduled * (stages[slowest].forward + stages[slowest].backward),
+        tensor=scheduled * stages[slowest].communication,
         bubble=bubble,
         pipeline=_pipeline_seconds(shape, layout, settings, gpu),
         data=_data_seconds(shape, layout, settings, gpu),
@@ -249,7 +250,7 @@ def forward_only_seconds(shape: ModelShape, layout: ParallelLayout, settings: Tr
     stages = stage_times(shape, layout, settings, gpu)
     totals = [stage.forward + stage.communication / _EXCHANGES[settings.recompute] for stage in stages]
     sends = _pipeline_seconds(shape, layout, settings, gpu) / 2
-    return settings.micro_batches * max(totals) + (sum(totals) - max(totals)) / layout.virtual_pipeline + sends
+    return scheduled_batches(layout, settings.micro_batches) * max(totals) + (sum(totals) - max(totals)) / layout.virtual_pipeline + sends
 
 
 def _pipeline_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:
@@ -259,7 +260,7 @@ def _pipeline_seconds(shape: ModelShape, layout: ParallelLayout, settings: Train
     split = layout.tensor if layout.sequence else 1
     sent = settings.pack_tokens / layout.context * shape.hidden_size * settings.weight_bytes / split
     bandwidth = _link(gpu, layout.world_size, layout.pipeline)
-    return 2 * layout.virtual_pipeline * settings.micro_batches * sent / bandwidth
+    return 2 * layout.virtual_pipeline * scheduled_batches(layout, settings.micro_batches) * sent / bandwidth
 
 
 def _data_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:

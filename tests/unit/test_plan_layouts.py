@@ -116,12 +116,15 @@ def test_data_ranks_that_make_the_batch_another_recipe_are_refused() -> None:
     assert outcome.reason.startswith("parallel.data=32 packs of 5.4 pairs make 172 pairs an update, train.global_batch_pairs=64")
 
 
-def test_interleaved_stages_need_whole_rounds_of_micro_batches() -> None:
-    layout = ParallelLayout(tensor=8, pipeline=8, sequence=True, virtual_pipeline=2)
-    outcome = try_layout(question(), layout)
-    assert isinstance(outcome, Refusal)
-    assert "an update has 12" in outcome.reason  # 64 pairs are 11.9 packs
-    assert isinstance(try_layout(question(pairs=86), layout), Candidate)  # 15.97 packs: two rounds of eight
+def test_virtual_stages_pay_for_the_empty_packs_that_fill_their_rounds() -> None:
+    # 64 pairs are 11.9 packs; eight stages run rounds of eight packs, so four of sixteen are empty.
+    plain = try_layout(question(), ParallelLayout(tensor=8, pipeline=8, sequence=True))
+    virtual = try_layout(question(), ParallelLayout(tensor=8, pipeline=8, sequence=True, virtual_pipeline=2))
+    assert isinstance(plain, Candidate)
+    assert isinstance(virtual, Candidate)
+    assert plain.settings.micro_batches == virtual.settings.micro_batches == 12
+    assert virtual.step.compute / plain.step.compute == pytest.approx(16 / 12)
+    assert virtual.step.num_tokens == plain.step.num_tokens == 12 * 4096
 
 
 def test_a_config_that_does_not_fit_is_refused_with_one_that_does(tmp_path: Path) -> None:
