@@ -13,7 +13,7 @@ from typing import Any
 from spin_megatron.config import RunConfig, load_config
 from spin_megatron.plan.duration import IterationTime, RunSettings, Storage, Workload, engine_tensor, gpu_hours, run_time
 from spin_megatron.plan.hardware import GIGA, GPUS, Gpu, find_gpu
-from spin_megatron.plan.layouts import Candidate, Question, Search, check_fits, describe, search
+from spin_megatron.plan.layouts import Candidate, Question, Refusal, Search, check_fits, describe, search, try_layout
 from spin_megatron.plan.memory import RankMemory, Recompute, TrainSettings, all_ranks
 from spin_megatron.plan.shape import ModelShape
 
@@ -42,11 +42,15 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer: every layout, and the best one's memory by rank and stages by iteration (empty when nothing fits)."""
+    """The answer: every layout, and the best one's memory by rank and stages by iteration (empty when nothing fits).
+
+    own: what becomes of the config's [parallel] and train.recompute; None when it is for another number of GPUs.
+    """
 
     question: Question
     num_gpus: int
     search: Search
+    own: Candidate | Refusal | None
     ranks: list[RankMemory]
     iterations: list[IterationTime]
     warnings: list[str]
@@ -162,8 +166,10 @@ def make_question(config: RunConfig, shape: ModelShape, gpu: Gpu, lengths: Lengt
 def make_plan(config: RunConfig, question: Question, num_gpus: int, *, storage: Storage, recompute: Recompute | None = None) -> Plan:
     """Search the layouts and time the whole run with the best one."""
     found = search(question, num_gpus, recompute=recompute)
+    layout = config.parallel.layout()
+    own = try_layout(question, layout, recompute=config.train.recompute) if layout.world_size == num_gpus else None
     if not found.candidates:
-        return Plan(question, num_gpus, found, [], [], [])
+        return Plan(question, num_gpus, found, own, [], [], [])
     best = found.candidates[0]
     engine, warnings = config.generate.engine, []
     is_eager = engine == _EAGER_ENGINE
@@ -181,7 +187,7 @@ def make_plan(config: RunConfig, question: Question, num_gpus: int, *, storage: 
         storage=storage,
     )
     iterations = run_time(question.shape, best.layout, best.settings, question.gpu, workload=question.workload, batch=best.batch, run=run)
-    return Plan(question, num_gpus, found, all_ranks(question.shape, best.layout, best.settings), iterations, warnings)
+    return Plan(question, num_gpus, found, own, all_ranks(question.shape, best.layout, best.settings), iterations, warnings)
 
 
 def check_config_fits(config: RunConfig, gpu_name: str, *, model_config: Path | None = None) -> Candidate:
@@ -212,7 +218,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model": asdict(question.shape),
         "workload": asdict(question.workload),
         "layouts": [candidate_json(candidate, plan.num_gpus, question.gpu) for candidate in plan.search.candidates],
-        "refused": [{"layout": asdict(refusal.layout), "reason": refusal.reason} for refusal in plan.search.refusals],
+        "refused": [asdict(refusal) for refusal in plan.search.refusals],
+        "own": _own_json(plan),
         "best": describe(plan.search.candidates[0]) if plan.search.candidates else None,
         "ranks": [_memory_json(memory) for memory in plan.ranks],
         "iterations": [asdict(iteration) | {"total": iteration.total} for iteration in plan.iterations],
@@ -234,6 +241,12 @@ def candidate_json(candidate: Candidate, num_gpus: int, gpu: Gpu) -> dict[str, A
         "model_flops_utilisation": step.utilisation(num_gpus, gpu),
         "pairs_per_second": candidate.pairs_per_second,
     }
+
+
+def _own_json(plan: Plan) -> dict[str, Any] | None:
+    if isinstance(plan.own, Refusal):
+        return asdict(plan.own)
+    return None if plan.own is None else candidate_json(plan.own, plan.num_gpus, plan.question.gpu)
 
 
 def _memory_json(memory: RankMemory) -> dict[str, Any]:

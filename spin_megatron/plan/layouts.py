@@ -6,6 +6,7 @@ when a rank's memory does not fit. The rest are ranked by pairs trained a second
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from spin_megatron.plan.duration import Batch, Workload, plan_batch, with_workload
 from spin_megatron.plan.hardware import GIGA, Gpu
@@ -48,9 +49,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A layout that was refused, and the reason for a person."""
+    """A layout that was refused: why, in a word for programs and in a sentence for a person."""
 
     layout: ParallelLayout
+    kind: Literal["shape", "batch", "memory"]
     reason: str
 
 
@@ -108,7 +110,7 @@ def try_layout(question: Question, layout: ParallelLayout, *, recompute: Recompu
     try:
         layout.check(question.shape)
     except ValueError as error:
-        return Refusal(layout, str(error))
+        return Refusal(layout, "shape", str(error))
     batch = plan_batch(
         question.workload,
         pack_tokens=question.settings.pack_tokens,
@@ -118,7 +120,7 @@ def try_layout(question: Question, layout: ParallelLayout, *, recompute: Recompu
     )
     reason = _batch_reason(question, layout, batch)
     if reason is not None:
-        return Refusal(layout, reason)
+        return Refusal(layout, "batch", reason)
     settings = with_workload(question.settings, question.workload, batch, share_prompt=question.share_prompt)
     worst: RankMemory | None = None
     for mode in RECOMPUTE_ORDER if recompute is None else (recompute,):
@@ -127,7 +129,7 @@ def try_layout(question: Question, layout: ParallelLayout, *, recompute: Recompu
         if worst.total <= usable_bytes(question.gpu):
             return Candidate(layout, chosen, batch, worst, step_time(question.shape, layout, chosen, question.gpu))
     assert worst is not None
-    return Refusal(layout, memory_reason(worst, question.gpu, recompute or RECOMPUTE_ORDER[-1]))
+    return Refusal(layout, "memory", memory_reason(worst, question.gpu, recompute or RECOMPUTE_ORDER[-1]))
 
 
 def _batch_reason(question: Question, layout: ParallelLayout, batch: Batch) -> str | None:

@@ -1,6 +1,7 @@
 """The plan as tables for a person."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from spin_megatron.plan.command import Plan
@@ -13,7 +14,7 @@ from spin_megatron.plan.shape import ParallelLayout
 
 # Wide enough for every column, so that a plan in a file or a pipe is not cut.
 _WIDTH = 132
-_REFUSED_SHOWN = 5
+_REFUSED_SHOWN = 8
 _LAYOUT_COLUMNS = ("TP", "PP", "VP", "DP", "EP", "recompute", "GB/GPU")
 _RATE_COLUMNS = ("pairs/update", "s/update", "tokens/s/GPU", "MFU", "bubble", "pairs/s")
 _MEMORY_COLUMNS = ("G parameters", "weights", "gradients", "optimizer", "activations", "head", "buffers", "context", "total", "of usable")
@@ -29,11 +30,12 @@ def print_plan(plan: Plan, *, top: int, show_refused: bool) -> None:
         console.print(_layouts_table(plan, top))
         best = candidates[0]
         console.print(f"[bold]Best:[/bold] {describe(best)}", soft_wrap=True)
+        console.print(_own_line(plan), soft_wrap=True)
         console.print(_memory_table(plan))
         console.print(_step_line(best, plan))
         console.print(_run_table(plan.iterations, plan.num_gpus))
         for warning in plan.warnings:
-            console.print(f"[bold]Note:[/bold] {warning}", soft_wrap=True)
+            console.print(f"[bold]Note:[/bold] {escape(warning)}", soft_wrap=True)
     else:
         console.print(f"[bold]No layout of {plan.num_gpus} {plan.question.gpu.name} fits.[/bold]")
     _print_refusals(console, plan.search.refusals, everything=show_refused or not candidates)
@@ -75,6 +77,18 @@ def _layouts_table(plan: Plan, top: int) -> Table:
             f"{candidate.pairs_per_second:.1f}",
         )
     return table
+
+
+def _own_line(plan: Plan) -> str:
+    """What becomes of the layout that the config asks for."""
+    own, name = plan.own, "[bold]The config's own layout[/bold]"
+    if own is None:
+        return f"{name} is for another number of GPUs."
+    if isinstance(own, Refusal):
+        return f"{name} is refused: {escape(own.reason)}"
+    faster = sum(candidate.pairs_per_second > own.pairs_per_second for candidate in plan.search.candidates)
+    place = "the best" if faster == 0 else f"{faster} of {len(plan.search.candidates)} are faster"
+    return f"{name}: {describe(own)}: {own.memory.total / GIGA:.1f} GB a GPU, {own.step.total:.2f} s an update; {place}"
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -128,20 +142,26 @@ def _run_table(iterations: list[IterationTime], num_gpus: int) -> Table:
 
 
 def _print_refusals(console: Console, refusals: list[Refusal], *, everything: bool) -> None:
-    shown = refusals if everything else refusals[:_REFUSED_SHOWN]
+    """One row a reason with the layouts it holds for; a layout too large for memory takes its virtual stages with it."""
+    rows: dict[str, tuple[str, dict[str, list[str]]]] = {}
+    for refusal in refusals:
+        name, stages = _short(refusal.layout), f"VP{refusal.layout.virtual_pipeline}"
+        _, layouts = rows.setdefault(name if refusal.kind == "memory" else refusal.reason, (refusal.reason, {}))
+        layouts.setdefault(name, []).append(stages)
+    shown = list(rows.values()) if everything else list(rows.values())[:_REFUSED_SHOWN]
     if not shown:
         return
     table = Table(title="Refused")
-    table.add_column("layout", no_wrap=True)
+    table.add_column("layouts", max_width=36)
     table.add_column("reason")
-    for refusal in shown:
-        table.add_row(_short(refusal.layout), refusal.reason)
+    for reason, layouts in shown:
+        table.add_row("; ".join(f"{name} {' '.join(stages)}" for name, stages in layouts.items()), escape(reason))
     console.print(table)
-    if len(shown) < len(refusals):
-        console.print(f"{len(refusals) - len(shown)} more: --refused shows them.")
+    if len(shown) < len(rows):
+        console.print(f"{len(rows) - len(shown)} more rows: --refused shows them.")
 
 
 def _short(layout: ParallelLayout) -> str:
-    virtual = f" VP{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else ""
+    """A layout without its virtual stages."""
     expert = f" EP{layout.expert}" if layout.expert > 1 else ""
-    return f"TP{layout.tensor} PP{layout.pipeline}{virtual} DP{layout.data}{expert}"
+    return f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}{expert}"
