@@ -4,8 +4,9 @@
 
 Forward walks over tiles of (vocab chunk x row block) with an online log-sum-exp, which leaves three numbers a row and tensor-parallel
 rank: running maximum, sum of exponentials, target logit. One all-gather brings the ranks' [R, 3] together and every rank merges them in
-rank order, so that all ranks hold the same bits. Backward recomputes each tile's logits (8 instead of 6 R*H*V products, for
-1/(vocab/chunk) of the memory), turns them in place into softmax probabilities and multiplies by an arbitrary gradient per row.
+rank order, so that all ranks hold the same bits. Backward recomputes each tile's logits, turns them into softmax probabilities and
+multiplies by an arbitrary gradient per row. Recomputing costs a fourth product on top of three; a few tiles, as many as fit in
+`kept_bytes`, are kept from forward instead, which buys back its share of that product (and all of it where all tiles fit).
 
 Why not Megatron Core's cross-entropy: it needs the [rows, vocab/TP] logits and its fused form rounds gradients to bf16. Logits are
 fp32 here whatever the model's dtype: bf16 logits would cost 0.2 nat on a 300-token response.
@@ -24,6 +25,10 @@ from torch import Tensor
 IGNORED = -1  # target of a row that has none: value and gradient are exactly 0
 ROW_BLOCK = 1024
 VOCAB_CHUNK = 4096
+KEPT_BYTES = 112 * 2**20
+
+# fp32 logits [B, C] kept from forward, by the tile's first row and first local column.
+KeptTiles = dict[tuple[int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class HeadSpec:
     temperature: float
     vocab_chunk: int
     row_block: int
+    kept_bytes: int
     reduce_hidden_grad: bool
 
     @property
@@ -46,8 +52,21 @@ class HeadSpec:
 class HeadKernels(NamedTuple):
     """The two device-dependent halves of the head; `local_statistics` and `head_gradients` below state their contract."""
 
-    local_statistics: Callable[[Tensor, Tensor, Tensor, HeadSpec], Tensor]
-    head_gradients: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "WeightGradient | None", HeadSpec], Tensor]
+    local_statistics: Callable[[Tensor, Tensor, Tensor, HeadSpec], tuple[Tensor, KeptTiles]]
+    head_gradients: Callable[[Tensor, Tensor, "RowData", KeptTiles, "WeightGradient | None", HeadSpec], Tensor]
+
+
+@dataclass(frozen=True)
+class RowData:
+    """What backward knows of each row [R]: its target, log-sum-exp over the whole vocabulary, and d loss / d logp / temperature."""
+
+    target: Tensor
+    lse: Tensor
+    coefficient: Tensor
+
+    def at(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The three of some rows."""
+        return self.target[rows], self.lse[rows], self.coefficient[rows]
 
 
 def vocab_parallel_logprobs(
@@ -61,6 +80,7 @@ def vocab_parallel_logprobs(
     temperature: float = 1.0,
     vocab_chunk: int = VOCAB_CHUNK,
     row_block: int = ROW_BLOCK,
+    kept_bytes: int = KEPT_BYTES,
     reduce_hidden_grad: bool = True,
 ) -> Tensor:
     """Log-probability of each row's target, fp32 [R] in nats (fp64 for fp64 inputs), identical bits on all ranks of `group`.
@@ -74,7 +94,8 @@ def vocab_parallel_logprobs(
     dHidden is summed over the group, or left as this rank's part with reduce_hidden_grad=False, for a caller whose
     sequence-parallel gather reduce-scatters it.
     Collectives: one all-gather of [R, 3] forward; one all-reduce of [R, H] backward. R = 0 does them too.
-    Under no_grad nothing is kept. Extra memory: one tile of row_block x vocab_chunk numbers.
+    Extra memory: one tile of row_block x vocab_chunk numbers, and kept_bytes between forward and backward; under no_grad nothing is
+    kept. Neither tiling nor keeping changes what a tile's product is, so kept_bytes does not change a bit of the result.
     Raises ValueError for targets outside the vocabulary (checked on CPU only: on an accelerator that would stop the stream).
     """
     assert hidden_RH.shape == (targets_R.shape[0], weight_VH.shape[1]), (hidden_RH.shape, weight_VH.shape, targets_R.shape)
@@ -94,6 +115,7 @@ def vocab_parallel_logprobs(
         temperature=temperature,
         vocab_chunk=vocab_chunk,
         row_block=row_block,
+        kept_bytes=kept_bytes if torch.is_grad_enabled() else 0,
         reduce_hidden_grad=reduce_hidden_grad,
     )
     logp_R: Tensor = _VocabParallelLogprobs.apply(hidden_RH, weight_VH, targets_R, spec)  # type: ignore[no-untyped-call]
@@ -114,26 +136,28 @@ def sequence_sums(logp_R: Tensor, lengths_Q: Tensor) -> Tensor:
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
-    """Saves inputs (which live anyway) and lse_R; under no_grad the context is dropped at once and saves nothing."""
+    """Saves inputs (which live anyway), lse_R and the kept tiles; under no_grad the context is dropped at once and saves nothing."""
 
     @staticmethod
     def forward(ctx: Any, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, spec: HeadSpec) -> Tensor:
-        statistics_R3 = _kernels(hidden_RH.device).local_statistics(hidden_RH, weight_VH, targets_R, spec)
+        statistics_R3, kept = _kernels(hidden_RH.device).local_statistics(hidden_RH, weight_VH, targets_R, spec)
         logp_R, lse_R = merge_statistics(gather_statistics(statistics_R3, spec))
-        ctx.save_for_backward(hidden_RH, weight_VH, targets_R, lse_R)
+        ctx.save_for_backward(hidden_RH, weight_VH, targets_R, lse_R, *kept.values())
+        ctx.kept_tiles = tuple(kept)
         ctx.spec = spec
         return torch.where(targets_R == IGNORED, torch.zeros_like(logp_R), logp_R)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden_RH, weight_VH, targets_R, lse_R = ctx.saved_tensors
+        hidden_RH, weight_VH, targets_R, lse_R, *tiles = ctx.saved_tensors
         spec: HeadSpec = ctx.spec
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         # where, not a product: an ignored row's upstream gradient may be NaN and must still end as 0.
         coefficient_R = torch.where(targets_R == IGNORED, 0.0, gradients[0]) / spec.temperature
+        row_data = RowData(targets_R, lse_R, coefficient_R)
+        kept = dict(zip(ctx.kept_tiles, tiles, strict=True))
         sink = WeightGradient.of(weight_VH, spec.num_columns) if needs_weight else None
-        kernels = _kernels(hidden_RH.device)
-        hidden_grad_RH = kernels.head_gradients(hidden_RH, weight_VH, targets_R, lse_R, coefficient_R, sink, spec)
+        hidden_grad_RH = _kernels(hidden_RH.device).head_gradients(hidden_RH, weight_VH, row_data, kept, sink, spec)
         if needs_hidden and spec.reduce_hidden_grad and spec.group_size > 1:
             dist.all_reduce(hidden_grad_RH, group=spec.group)
         return hidden_grad_RH if needs_hidden else None, sink.returned() if sink else None, None, None
@@ -164,34 +188,27 @@ def merge_statistics(statistics_KR3: Tensor) -> tuple[Tensor, Tensor]:
     return (target_R - maximum_R) - log_sum_R, maximum_R + log_sum_R
 
 
-def local_statistics(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, spec: HeadSpec) -> Tensor:
-    """This rank's (maximum, sum of exponentials, target logit) per row over its true columns: [R, 3] fp32, torch operators only."""
-    dtype = compute_dtype(hidden_RH)
-    num_rows = hidden_RH.shape[0]
+def local_statistics(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, spec: HeadSpec) -> tuple[Tensor, KeptTiles]:
+    """This rank's (maximum, sum of exponentials, target logit) per row over its true columns: [R, 3] fp32. Torch operators only."""
+    dtype, num_rows = compute_dtype(hidden_RH), hidden_RH.shape[0]
     maximum_R = torch.full((num_rows,), -torch.inf, dtype=dtype, device=hidden_RH.device)
     sum_R, target_R = torch.zeros_like(maximum_R), torch.zeros_like(maximum_R)
-    tile = _empty_tile(hidden_RH, spec)
+    tile, kept = new_tile(hidden_RH, spec), KeptTiles()
     for columns in slices(spec.num_columns, spec.vocab_chunk):
         weight_CH = weight_VH[columns].to(dtype)
         for rows in slices(num_rows, spec.row_block):
-            logits_BC = _tile_logits(hidden_RH[rows], weight_CH, spec.temperature, tile)
+            logits_BC = _tile_logits(hidden_RH[rows], weight_CH, spec.temperature, place_tile(tile, rows, columns, kept, spec))
             index_B, is_here_B = _target_columns(targets_R[rows], columns, spec.vocab_start)
             target_R[rows] += torch.where(is_here_B, logits_BC.gather(1, index_B[:, None])[:, 0], 0.0)
             new_maximum_B = torch.maximum(maximum_R[rows], logits_BC.amax(dim=1))
             sum_R[rows] *= torch.exp(maximum_R[rows] - new_maximum_B)
-            sum_R[rows] += logits_BC.sub_(new_maximum_B[:, None]).exp_().sum(dim=1)
+            sum_R[rows] += _exponentials(logits_BC, new_maximum_B, tile).sum(dim=1)
             maximum_R[rows] = new_maximum_B
-    return torch.stack((maximum_R, sum_R, target_R), dim=1)
+    return torch.stack((maximum_R, sum_R, target_R), dim=1), kept
 
 
 def head_gradients(
-    hidden_RH: Tensor,
-    weight_VH: Tensor,
-    targets_R: Tensor,
-    lse_R: Tensor,
-    coefficient_R: Tensor,
-    sink: "WeightGradient | None",
-    spec: HeadSpec,
+    hidden_RH: Tensor, weight_VH: Tensor, row_data: RowData, kept: KeptTiles, sink: "WeightGradient | None", spec: HeadSpec
 ) -> Tensor:
     """This rank's part of dHidden [R, H] in hidden's dtype; dWeight goes into `sink` chunk by chunk. Torch operators only.
 
@@ -200,22 +217,24 @@ def head_gradients(
     """
     dtype = compute_dtype(hidden_RH)
     hidden_grad_RH = torch.zeros(hidden_RH.shape, dtype=dtype, device=hidden_RH.device)
-    minus_scaled_RH = hidden_RH.to(dtype) * -coefficient_R[:, None] if sink else None
-    tile = _empty_tile(hidden_RH, spec)
+    tile = new_tile(hidden_RH, spec)
     for columns in slices(spec.num_columns, spec.vocab_chunk):
         weight_CH = weight_VH[columns].to(dtype)
         weight_grad_CH = sink.open(columns) if sink else None
         for rows in slices(hidden_RH.shape[0], spec.row_block):
-            logits_BC = _tile_logits(hidden_RH[rows], weight_CH, spec.temperature, tile)
-            error_BC = logits_BC.sub_(lse_R[rows, None]).exp_()  # softmax
-            index_B, is_here_B = _target_columns(targets_R[rows], columns, spec.vocab_start)
+            targets_B, lse_B, coefficient_B = row_data.at(rows)
+            logits_BC = kept.get((rows.start, columns.start))
+            if logits_BC is None:
+                logits_BC = _tile_logits(hidden_RH[rows], weight_CH, spec.temperature, tile_view(tile, rows, columns))
+            error_BC = _exponentials(logits_BC, lse_B, tile)  # softmax
+            index_B, is_here_B = _target_columns(targets_B, columns, spec.vocab_start)
             error_BC.scatter_add_(1, index_B[:, None], -is_here_B[:, None].to(dtype))  # softmax - onehot
             hidden_grad_RH[rows].addmm_(error_BC, weight_CH)
-            if weight_grad_CH is not None and minus_scaled_RH is not None:
-                weight_grad_CH.addmm_(error_BC.t(), minus_scaled_RH[rows])
+            if weight_grad_CH is not None:
+                weight_grad_CH.addmm_(error_BC.t(), hidden_RH[rows] * -coefficient_B[:, None])
         if sink and weight_grad_CH is not None:
             sink.close(columns, weight_grad_CH)
-    return hidden_grad_RH.mul_(-coefficient_R[:, None]).to(hidden_RH.dtype)
+    return hidden_grad_RH.mul_(-row_data.coefficient[:, None]).to(hidden_RH.dtype)
 
 
 @dataclass(frozen=True)
@@ -271,10 +290,10 @@ class WeightGradient:
         return make(self.weight)
 
 
-def slices(total: int, size: int) -> Iterator[slice]:
-    """[0, total) in pieces of `size`, the last one shorter."""
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
+def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:
+    """[start, stop) in pieces of `size`, the last one shorter."""
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -291,18 +310,36 @@ def _kernels(device: torch.device) -> HeadKernels:
     return logprobs_triton.KERNELS
 
 
-def _empty_tile(hidden_RH: Tensor, spec: HeadSpec) -> Tensor:
-    """One flat buffer that every tile's logits reuse: a fresh allocation per tile would cost page faults worth 20% of the time."""
+def new_tile(hidden_RH: Tensor, spec: HeadSpec) -> Tensor:
+    """One flat buffer that tiles' logits share: a fresh allocation per tile would cost page faults worth a fifth of the time."""
     size = min(spec.row_block, hidden_RH.shape[0]) * min(spec.vocab_chunk, spec.num_columns)
     return torch.empty(size, dtype=compute_dtype(hidden_RH), device=hidden_RH.device)
 
 
-def _tile_logits(hidden_BH: Tensor, weight_CH: Tensor, temperature: float, tile: Tensor) -> Tensor:
-    """fp32 logits [B, C] of a tile, written into the shared buffer."""
-    num_rows, num_columns = hidden_BH.shape[0], weight_CH.shape[0]
-    logits_BC = tile[: num_rows * num_columns].view(num_rows, num_columns)
+def tile_view(tile: Tensor, rows: slice, columns: slice) -> Tensor:
+    """The shared buffer as [B, C]."""
+    shape = (rows.stop - rows.start, columns.stop - columns.start)
+    return tile[: shape[0] * shape[1]].view(shape)
+
+
+def place_tile(tile: Tensor, rows: slice, columns: slice, kept: KeptTiles, spec: HeadSpec) -> Tensor:
+    """Where forward writes a tile's logits [B, C]: memory of their own, noted in `kept`, while spec.kept_bytes lasts; then `tile`."""
+    shared_BC = tile_view(tile, rows, columns)
+    if sum(logits_BC.nbytes for logits_BC in kept.values()) + shared_BC.nbytes > spec.kept_bytes:
+        return shared_BC
+    kept[rows.start, columns.start] = torch.empty_like(shared_BC)
+    return kept[rows.start, columns.start]
+
+
+def _tile_logits(hidden_BH: Tensor, weight_CH: Tensor, temperature: float, logits_BC: Tensor) -> Tensor:
+    """Logits of a tile, written into logits_BC."""
     torch.mm(hidden_BH.to(weight_CH.dtype), weight_CH.t(), out=logits_BC)
     return logits_BC if temperature == 1.0 else logits_BC.div_(temperature)
+
+
+def _exponentials(logits_BC: Tensor, shift_B: Tensor, tile: Tensor) -> Tensor:
+    """exp(logits - shift) in the shared buffer: in place for logits that lie there, beside those that are kept."""
+    return torch.sub(logits_BC, shift_B[:, None], out=tile[: logits_BC.numel()].view(logits_BC.shape)).exp_()
 
 
 def _target_columns(targets_B: Tensor, columns: slice, vocab_start: int) -> tuple[Tensor, Tensor]:

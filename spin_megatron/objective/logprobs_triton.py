@@ -17,7 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spin_megatron.objective.logprobs import HeadKernels, HeadSpec, WeightGradient, slices
+from spin_megatron.objective.logprobs import (
+    HeadKernels,
+    HeadSpec,
+    KeptTiles,
+    RowData,
+    WeightGradient,
+    new_tile,
+    place_tile,
+    slices,
+    tile_view,
+)
 
 # A panel of the backward is this many tiles: 8192 rows x 8192 columns of bf16 dZ are 128 MiB with the default tile.
 PANEL_ROW_TILES = 8
@@ -26,14 +36,14 @@ PANEL_COLUMN_TILES = 2
 MAX_TILE_COLUMNS = 16384
 
 
-def local_statistics(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, spec: HeadSpec) -> Tensor:
+def local_statistics(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, spec: HeadSpec) -> tuple[Tensor, KeptTiles]:
     """This rank's (maximum, sum of exponentials, target logit) per row over its true columns: fp32 [R, 3]."""
     statistics_R3 = torch.zeros(hidden_RH.shape[0], 3, dtype=torch.float32, device=hidden_RH.device)
     statistics_R3[:, 0] = -torch.inf
-    tile = _new_tile(hidden_RH, spec)
+    tile, kept = new_tile(hidden_RH, spec), KeptTiles()
     for columns in slices(spec.num_columns, spec.vocab_chunk):
         for rows in slices(hidden_RH.shape[0], spec.row_block):
-            logits_BC = _product(hidden_RH[rows], weight_VH[columns].t(), tile)
+            logits_BC = _product(hidden_RH[rows], weight_VH[columns].t(), place_tile(tile, rows, columns, kept, spec))
             _update_statistics[(logits_BC.shape[0],)](
                 logits_BC,
                 statistics_R3[rows],
@@ -44,33 +54,24 @@ def local_statistics(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, sp
                 BLOCK=_block_columns(spec),
                 num_warps=_num_warps(spec),
             )
-    return statistics_R3
+    return statistics_R3, kept
 
 
 def head_gradients(
-    hidden_RH: Tensor,
-    weight_VH: Tensor,
-    targets_R: Tensor,
-    lse_R: Tensor,
-    coefficient_R: Tensor,
-    sink: WeightGradient | None,
-    spec: HeadSpec,
+    hidden_RH: Tensor, weight_VH: Tensor, row_data: RowData, kept: KeptTiles, sink: WeightGradient | None, spec: HeadSpec
 ) -> Tensor:
     """This rank's part of dHidden [R, H] in hidden's dtype (accumulated in fp32); dWeight goes into `sink` panel by panel."""
     num_rows, dtype = hidden_RH.shape[0], hidden_RH.dtype
     hidden_grad_RH = torch.zeros(hidden_RH.shape, dtype=torch.float32, device=hidden_RH.device)
     panel_rows, panel_columns = spec.row_block * PANEL_ROW_TILES, spec.vocab_chunk * PANEL_COLUMN_TILES
     panel = torch.empty(min(panel_rows, num_rows) * min(panel_columns, spec.num_columns), dtype=dtype, device=hidden_RH.device)
-    tile = _new_tile(hidden_RH, spec)
+    tile = new_tile(hidden_RH, spec)
     for columns in slices(spec.num_columns, panel_columns):
-        weight_CH = weight_VH[columns]
         weight_grad_CH = sink.open(columns) if sink else None
         for rows in slices(num_rows, panel_rows):
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
-            error_NC = panel[: shape[0] * shape[1]].view(shape)
-            row_data = (hidden_RH[rows], targets_R[rows], lse_R[rows], coefficient_R[rows])
-            _fill_panel(error_NC, *row_data, weight_CH, spec.vocab_start + columns.start, tile, spec)
-            _add_product(hidden_grad_RH[rows], error_NC, weight_CH)
+            error_NC = tile_view(panel, rows, columns)
+            _fill_panel(error_NC, rows, columns, hidden_RH, weight_VH, row_data, kept, tile, spec)
+            _add_product(hidden_grad_RH[rows], error_NC, weight_VH[columns])
             if weight_grad_CH is not None:
                 _add_product(weight_grad_CH, error_NC.t(), hidden_RH[rows])
         if sink and weight_grad_CH is not None:
@@ -83,26 +84,26 @@ KERNELS = HeadKernels(local_statistics, head_gradients)
 
 def _fill_panel(
     error_NC: Tensor,
-    hidden_NH: Tensor,
-    targets_N: Tensor,
-    lse_N: Tensor,
-    coefficient_N: Tensor,
-    weight_CH: Tensor,
-    first_column: int,
+    panel_rows: slice,
+    panel_columns: slice,
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    row_data: RowData,
+    kept: KeptTiles,
     tile: Tensor,
     spec: HeadSpec,
 ) -> None:
-    """Writes coefficient * (onehot(target) - softmax) of N rows and C columns into error_NC, tile by tile."""
-    for columns in slices(error_NC.shape[1], spec.vocab_chunk):
-        for rows in slices(error_NC.shape[0], spec.row_block):
-            logits_BC = _product(hidden_NH[rows], weight_CH[columns].t(), tile)
+    """Writes coefficient * (onehot(target) - softmax) of a panel's N rows and C columns into error_NC, tile by tile."""
+    for columns in slices(panel_columns.stop, spec.vocab_chunk, panel_columns.start):
+        for rows in slices(panel_rows.stop, spec.row_block, panel_rows.start):
+            logits_BC = kept.get((rows.start, columns.start))
+            if logits_BC is None:
+                logits_BC = _product(hidden_RH[rows], weight_VH[columns].t(), tile_view(tile, rows, columns))
             _write_errors[(logits_BC.shape[0],)](
                 logits_BC,
-                error_NC[rows, columns],
-                targets_N[rows],
-                lse_N[rows],
-                coefficient_N[rows],
-                first_column + columns.start,
+                error_NC[rows.start - panel_rows.start :, columns.start - panel_columns.start :],
+                *row_data.at(rows),
+                spec.vocab_start + columns.start,
                 logits_BC.shape[1],
                 error_NC.stride(0),
                 1.0 / spec.temperature,
@@ -172,15 +173,8 @@ def _num_warps(spec: HeadSpec) -> int:
     return max(1, min(16, _block_columns(spec) // 512))
 
 
-def _new_tile(hidden_RH: Tensor, spec: HeadSpec) -> Tensor:
-    """The flat fp32 buffer that all tiles' logits share."""
-    size = min(spec.row_block, hidden_RH.shape[0]) * min(spec.vocab_chunk, spec.num_columns)
-    return torch.empty(size, dtype=torch.float32, device=hidden_RH.device)
-
-
-def _product(left_BH: Tensor, right_HC: Tensor, tile: Tensor) -> Tensor:
-    """The fp32 product of operands of any dtype, in the shared buffer."""
-    out_BC = tile[: left_BH.shape[0] * right_HC.shape[1]].view(left_BH.shape[0], right_HC.shape[1])
+def _product(left_BH: Tensor, right_HC: Tensor, out_BC: Tensor) -> Tensor:
+    """The fp32 product of operands of any dtype, written into out_BC."""
     if left_BH.dtype == torch.float32:
         torch.mm(left_BH, right_HC, out=out_BC)
     elif left_BH.device.type == "cuda":

@@ -190,6 +190,34 @@ def test_a_target_outside_the_vocabulary_is_refused(target):
         vocab_parallel_logprobs(torch.ones(2, 3), torch.ones(64, 3), targets_R, group=None, vocab_start=0, vocab_size=40)
 
 
+@pytest.mark.parametrize("kept_bytes", [1, 3 * 4 * 32 * 64, 2**30])
+def test_keeping_tiles_for_the_backward_changes_no_bit(kept_bytes):
+    case = _case(70, 16, 300)
+    tiles = {"vocab_chunk": 64, "row_block": 32, "temperature": 0.7}
+    for kept, recomputed in zip(_ours(*case, kept_bytes=kept_bytes, **tiles), _ours(*case, kept_bytes=0, **tiles), strict=True):
+        assert torch.equal(kept, recomputed)
+
+
+@pytest.mark.parametrize(("kept_bytes", "num_tiles"), [(0, 0), (3 * 4 * 32 * 64, 7), (2**30, 15)])
+def test_no_more_tiles_are_saved_than_their_budget_allows(kept_bytes, num_tiles):
+    # 3 row blocks (32, 32, 6) x 5 vocabulary chunks; memory for three full tiles holds two of them and then five of the short ones.
+    hidden_RH, weight_VH, targets_R, _ = _case(70, 16, 300)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
+        options = {"group": None, "vocab_start": 0, "vocab_size": 300, "vocab_chunk": 64, "row_block": 32, "kept_bytes": kept_bytes}
+        vocab_parallel_logprobs(hidden_RH.requires_grad_(), weight_VH, targets_R, **options)
+    assert len(saved) == 4 + num_tiles  # hidden, weight, targets, log-sum-exp
+    assert sum(shape.numel() for shape in saved[4:]) * 4 <= kept_bytes
+
+
+def test_a_second_backward_through_kept_tiles_gives_the_same_gradient():
+    hidden_RH, weight_VH, targets_R, gradient_R = _case(20, 8, 100)
+    hidden_RH.requires_grad_()
+    logp_R = vocab_parallel_logprobs(hidden_RH, weight_VH, targets_R, group=None, vocab_start=0, vocab_size=100)
+    first, second = (torch.autograd.grad(logp_R, hidden_RH, gradient_R, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_no_tensor_of_rows_times_vocabulary_is_ever_made():
     """Every tensor that any operator returns, forward and backward, is measured."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -207,7 +235,7 @@ def test_no_tensor_of_rows_times_vocabulary_is_ever_made():
 
     case = _case(256, 4, 4096)
     with Watch():
-        _ours(*case, vocab_chunk=128, row_block=64)
+        _ours(*case, vocab_chunk=128, row_block=64, kept_bytes=2**16)
     assert largest == 4096 * 4  # the weight and its gradient; a tile is 128 * 64, the logits would be 256 * 4096
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_megatron.objective.logprobs import IGNORED, HeadSpec, WeightGradient, merge_statistics
+from spin_megatron.objective.logprobs import IGNORED, HeadSpec, RowData, WeightGradient, merge_statistics
 from tests.parity.gloo import run_ranks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (Linux: pip install triton)")
@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a second rank's columns": {"vocab": 300, "vocab_start": 300, "targets_up_to": 600},
     "padded tail": {"vocab": 100, "padded": 128},
     "panels shorter than their rows": {"vocab": 70, "vocab_chunk": 8, "row_block": 2, "rows": 37},
+    "some tiles kept": {"vocab": 70, "vocab_chunk": 8, "row_block": 2, "rows": 37, "kept_bytes": 3000},
     "all logits far below zero": {"vocab": 300, "shift": -300.0},
     "temperature": {"vocab": 300, "temperature": 0.5},
     "bf16": {"vocab": 300, "dtype": torch.bfloat16},
@@ -54,6 +55,7 @@ def _spec(case: dict[str, Any]) -> HeadSpec:
         temperature=case.get("temperature", 1.0),
         vocab_chunk=case.get("vocab_chunk", 256),
         row_block=case.get("row_block", 4),
+        kept_bytes=case.get("kept_bytes", 0),
         reduce_hidden_grad=True,
     )
 
@@ -67,13 +69,13 @@ def _interpret(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]
     for name, case in cases.items():
         hidden_RH, weight_VH, targets_R, coefficient_R = _inputs(case)
         spec = _spec(case)
-        statistics_R3 = KERNELS.local_statistics(hidden_RH, weight_VH, targets_R, spec)
+        statistics_R3, kept = KERNELS.local_statistics(hidden_RH, weight_VH, targets_R, spec)
         _, lse_R = merge_statistics(statistics_R3[None])
         weight = torch.nn.Parameter(weight_VH)
         weight.main_grad = torch.ones(weight_VH.shape)  # type: ignore[attr-defined]
         sink = WeightGradient.of(weight, spec.num_columns)
-        scaled_R = coefficient_R / spec.temperature
-        hidden_grad_RH = KERNELS.head_gradients(hidden_RH, weight_VH, targets_R, lse_R, scaled_R, sink, spec)
+        row_data = RowData(targets_R, lse_R, coefficient_R / spec.temperature)
+        hidden_grad_RH = KERNELS.head_gradients(hidden_RH, weight_VH, row_data, kept, sink, spec)
         results[name] = {"statistics": statistics_R3, "lse": lse_R, "hidden_grad": hidden_grad_RH, "main_grad": weight.main_grad}
     return results
 
