@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ def load_examples(
     row_format: FormatName | Literal["auto"] = "auto",
     columns: Mapping[str, str] | None = None,
     turns: Turns = "first",
+    limit: int | None = None,
     show: bool = False,
 ) -> list[SftExample]:
     """Every row of a source as a conversation that ends with the human answer, in the source's order.
@@ -55,6 +57,7 @@ def load_examples(
         revision: commit of the hub's dataset, 40 hex digits; required there, refused for local paths.
         row_format, columns: see formats.choose_format; the first row decides for all.
         turns: whether the first or the last assistant turn is the human answer.
+        limit: read no more than this many rows (to check a source before a run); None reads all.
 
     Returns:
         Examples with ids that depend on nothing but their content (or on the id column). Equal conversations have equal
@@ -67,8 +70,8 @@ def load_examples(
     chosen: RowFormat | None = None
     seen: dict[str, tuple[str, str]] = {}
     source_rows = open_rows(source, split=split, subset=subset, revision=revision)
-    with progress_bar("read (rows)", source_rows.num_rows, show=show) as advance:
-        for where, row in source_rows.rows:
+    with progress_bar("read (rows)", min(source_rows.num_rows, limit or source_rows.num_rows), show=show) as advance:
+        for where, row in islice(source_rows.rows, limit):
             try:
                 chosen = chosen or choose_format(row, name=row_format, columns=columns)
                 messages = read_conversation(row, chosen, turns=turns)

@@ -192,6 +192,13 @@ def test_an_empty_source_and_an_empty_folder_are_refused(tmp_path: Path) -> None
         load_examples(str(tmp_path / "empty"))
 
 
+def test_a_limit_reads_the_first_rows_only(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [qa(0), qa(1), {"prompt": "broken"}])
+    assert prompts(load_examples(str(path), limit=2)) == ["question 0", "question 1"]
+    with pytest.raises(ValueError, match="line 3"):
+        load_examples(str(path), limit=3)
+
+
 def test_an_id_column_must_not_name_two_conversations(tmp_path: Path) -> None:
     rows = [{"uid": "x", **qa(0)}, {"uid": "x", **qa(0)}, {"uid": "x", **qa(1)}]
     path = write_jsonl(tmp_path / "data.jsonl", rows)
