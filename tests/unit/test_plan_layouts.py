@@ -109,6 +109,12 @@ def test_a_layout_that_does_not_divide_the_model_is_refused_by_its_field() -> No
     assert "parallel.tensor=3 does not divide model.num_heads=64" in outcome.reason
 
 
+def test_context_ranks_are_refused_since_pairs_are_not_split() -> None:
+    outcome = try_layout(question(), ParallelLayout(tensor=8, pipeline=2, context=2, sequence=True))
+    assert isinstance(outcome, Refusal)
+    assert outcome.reason.startswith("parallel.context=2 (config.toml [parallel]): packed pairs are not split over context ranks")
+
+
 def test_data_ranks_that_make_the_batch_another_recipe_are_refused() -> None:
     outcome = try_layout(question(LLAMA3_8B), ParallelLayout(data=32))
     assert isinstance(outcome, Refusal)
