@@ -109,7 +109,8 @@ def _lazy(module: str, function: str) -> Callable[[argparse.Namespace], int]:
 def _run_stage(arguments: argparse.Namespace) -> int:
     """Be one rank of a stage; or, outside a launch, start the ranks the config asks for."""
     from spin_megatron.launch import loop
-    from spin_megatron.pipeline import StageRef, execute
+    from spin_megatron.launch.rank import slurm_owner
+    from spin_megatron.pipeline import StageRef, execute, made_in
 
     config, layout = loop.open_run(arguments.run_dir, arguments.overrides)
     ref = StageRef(arguments.verb, arguments.iteration, getattr(arguments, "shard", None))
@@ -118,9 +119,19 @@ def _run_stage(arguments: argparse.Namespace) -> int:
         with Launcher() as launcher:
             return loop.launch_stage(launcher, config, layout, ref)
     rank = int(os.environ["RANK"])
-    stop_file = layout.stop_file(ref.iteration)
     signalled = _catch_stop_signals(polled=ref.name in _POLLING)
-    done = execute(config, layout, ref, rank=rank, stop_requested=lambda: signalled() or stop_file.exists())
+    names = (ref.name, made_in(ref), ref.shard)
+    stop_file, heartbeat = layout.stop_file(*names), layout.heartbeat(*names)
+
+    def stop_requested() -> bool:
+        heartbeat.touch()
+        return signalled() or stop_file.exists()
+
+    if rank == 0:
+        heartbeat.parent.mkdir(parents=True, exist_ok=True)
+        stop_requested()
+    owner, wait_seconds = slurm_owner()
+    done = execute(config, layout, ref, rank=rank, stop_requested=stop_requested, owner=owner, wait_seconds=wait_seconds)
     return DONE if done else STOPPED
 
 

@@ -6,13 +6,11 @@ A stage is done exactly when its manifest exists. This module is the only writer
 a stage's module is imported when the stage runs.
 """
 
-import fcntl
 import importlib
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,10 +19,14 @@ from typing import Any, Literal
 from spin_megatron.config import PER_ITERATION, RunConfig, flat_settings
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.lock import Owner, held, is_held
 from spin_megatron.run.manifest import Manifest, StageIncomplete, StaleStage
 
 StageName = Literal["export", "prepare", "build-engine", "generate", "merge", "train", "evaluate"]
 State = Literal["done", "stale", "ready", "waiting"]
+
+# Ten missed touches of a lock (run/lock.py): a file server may be slow for a while.
+LOCK_STALE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,11 @@ def folder_of(layout: RunLayout, ref: StageRef) -> Path:
 
 def log_folder(layout: RunLayout, ref: StageRef) -> Path:
     """Logs of a stage's attempts; theta_{t+1} is made in iteration t."""
-    return layout.logs(ref.name, _made_in(ref), ref.shard)
+    return layout.logs(ref.name, made_in(ref), ref.shard)
 
 
-def _made_in(ref: StageRef) -> int:
+def made_in(ref: StageRef) -> int:
+    """The iteration whose folder holds a stage's logs and locks."""
     return max(0, ref.iteration - 1) if ref.name == "export" else ref.iteration
 
 
@@ -214,8 +217,21 @@ def require_current(config: RunConfig, layout: RunLayout, ref: StageRef, manifes
         raise ValueError(f"{ref} is finished, but " + "; ".join(problems) + f". Restore the file, or make it anew with: {redo}")
 
 
-def execute(config: RunConfig, layout: RunLayout, ref: StageRef, *, rank: int, stop_requested: Callable[[], bool]) -> bool:
+def execute(
+    config: RunConfig,
+    layout: RunLayout,
+    ref: StageRef,
+    *,
+    rank: int,
+    stop_requested: Callable[[], bool],
+    owner: Owner | None = None,
+    wait_seconds: float = 0.0,
+) -> bool:
     """Run one stage in this process (on every rank of a distributed stage) and, on rank 0, write its manifest.
+
+    Args:
+        owner: who holds the stage's lock; this process when absent.
+        wait_seconds: how long to wait for another owner's lock, which may be that of a job that died.
 
     Returns:
         True when the stage is done, False when it saved its state and left on request.
@@ -236,7 +252,10 @@ def execute(config: RunConfig, layout: RunLayout, ref: StageRef, *, rank: int, s
     context = StageContext(config, layout, ref.iteration, ref.shard, show=rank == 0, stop_requested=stop_requested)
     if rank != 0:
         return not module.run(context).stopped
-    with _only_one(layout, ref):
+    holder = owner or Owner.this_process()
+    with held(_lock(layout, ref), holder, what=str(ref), stale_seconds=LOCK_STALE_SECONDS, wait_seconds=wait_seconds):
+        if manifests.read_manifest(folder) is not None:  # another owner finished it while this one waited
+            return True
         if not STAGES[ref.name].resumes:
             _remove_contents(folder)
         started_at = _now()
@@ -290,26 +309,9 @@ def _remove_contents(folder: Path) -> None:
 
 
 def is_running(layout: RunLayout, ref: StageRef) -> bool:
-    """Whether a process holds the stage's lock."""
-    path = layout.stage_lock(ref.name, _made_in(ref), ref.shard)
-    if not path.exists():
-        return False
-    with open(path, "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    """Whether a living process holds the stage's lock."""
+    return is_held(_lock(layout, ref), stale_seconds=LOCK_STALE_SECONDS)
 
 
-@contextmanager
-def _only_one(layout: RunLayout, ref: StageRef) -> Iterator[None]:
-    """Hold the stage's lock file; the kernel releases it when this process ends, however it ends."""
-    path = layout.stage_lock(ref.name, _made_in(ref), ref.shard)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StageIncomplete(f"{ref} is being run by another process (lock {path}); wait for it, or stop it, and run again.") from None
-        yield
+def _lock(layout: RunLayout, ref: StageRef) -> Path:
+    return layout.stage_lock(ref.name, made_in(ref), ref.shard)

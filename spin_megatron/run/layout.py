@@ -134,10 +134,6 @@ class RunLayout:
         """TensorBoard events of an iteration's updates: a run of its own, since each iteration counts steps from 0."""
         return self.tensorboard / f"iter_{iteration}"
 
-    def stop_file(self, iteration: int) -> Path:
-        """Its existence asks the running train stage to save and leave."""
-        return self.train(iteration) / "STOP"
-
     def evaluate(self, iteration: int) -> Path:
         return self.iteration(iteration) / "evaluate"
 
@@ -150,8 +146,19 @@ class RunLayout:
         return folder if shard is None else folder / f"shard_{shard:05d}"
 
     def stage_lock(self, stage: str, iteration: int, shard: int | None) -> Path:
+        return self._signal_file(stage, iteration, shard, "lock")
+
+    def stop_file(self, stage: str, iteration: int, shard: int | None) -> Path:
+        """Its existence asks the running stage to save and leave."""
+        return self._signal_file(stage, iteration, shard, "stop")
+
+    def heartbeat(self, stage: str, iteration: int, shard: int | None) -> Path:
+        """Touched by rank 0 between steps."""
+        return self._signal_file(stage, iteration, shard, "heartbeat")
+
+    def _signal_file(self, stage: str, iteration: int, shard: int | None, kind: str) -> Path:
         name = stage if shard is None else f"{stage}_{shard:05d}"
-        return self.iteration(iteration) / "locks" / f"{name}.lock"
+        return self.iteration(iteration) / "locks" / f"{name}.{kind}"
 
     def redone(self, stamp: str) -> Path:
         """Where stages that are made anew are moved aside."""

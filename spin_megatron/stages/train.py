@@ -82,7 +82,6 @@ def run(context: StageContext) -> StageOutput:
     if runtime.rank != 0:
         return StageOutput(files={}, stopped=not is_done)
     if not is_done:
-        layout.stop_file(t).unlink(missing_ok=True)
         return StageOutput(files={}, stopped=True)
     checkpoint.remove_training(layout.checkpoints(t))  # the optimizer's state is of no use to anyone any more
     return StageOutput(files=_files(context), summary=_summary(context))

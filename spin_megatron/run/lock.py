@@ -1,0 +1,139 @@
+"""A lock on a shared file system: two processes never both work on one stage, and a dead owner's lock is taken over.
+
+flock is not kept across nodes on every cluster file system, so the lock is a file, made by a hard link (atomic on NFS too),
+that names its owner and is touched while the owner lives. It is stale when
+
+- it was made on this host by a process that is gone, or
+- it was made by an earlier life of the same Slurm job (which Slurm ends before it starts the next), or
+- it was not touched for `stale_seconds`.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from spin_megatron.run.manifest import StageIncomplete
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock. job: Slurm's job and array element; restart: which life of it."""
+
+    token: str
+    host: str
+    pid: int
+    pid_started: str
+    job: str | None = None
+    restart: int = 0
+
+    @classmethod
+    def this_process(cls, job: str | None = None, restart: int = 0) -> "Owner":
+        return cls(uuid.uuid4().hex, socket.gethostname(), os.getpid(), _start_time(os.getpid()), job, restart)
+
+
+def _start_time(pid: int) -> str:
+    """When a process of this host started, in clock ticks; "" when there is none. A pid alone may have been reused."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def read_owner(path: Path) -> Owner | None:
+    """The owner a lock file names, or None when there is no lock."""
+    try:
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return None
+
+
+def is_held(path: Path, *, stale_seconds: float, by: Owner | None = None) -> bool:
+    """Whether a living owner holds the lock; `by` is who asks."""
+    owner = read_owner(path)
+    if owner is None:
+        return False
+    if owner.host == socket.gethostname():
+        return _start_time(owner.pid) == owner.pid_started != ""
+    if by is not None and owner.job is not None and owner.job == by.job and by.restart > owner.restart:
+        return False
+    try:
+        return time.time() - path.stat().st_mtime < stale_seconds
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def held(path: Path, owner: Owner, *, what: str, stale_seconds: float, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold the lock, touching it from a thread.
+
+    Args:
+        what: the work it protects, for the message.
+        wait_seconds: how long to wait for a lock that may turn out stale.
+
+    Raises:
+        StageIncomplete: another living process holds it.
+    """
+    deadline = time.monotonic() + wait_seconds
+    while not _take(path, owner, stale_seconds):
+        if time.monotonic() >= deadline:
+            other = read_owner(path)
+            raise StageIncomplete(
+                f"{what} is being run by another process ({_describe(other)}; lock {path}); wait for it, or stop it, and run again."
+            )
+        time.sleep(min(1.0, stale_seconds / 10))
+    ended = threading.Event()
+    beat = threading.Thread(target=_touch_until, args=(path, ended, stale_seconds / 6), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beat.join()
+        if (found := read_owner(path)) is not None and found.token == owner.token:
+            path.unlink(missing_ok=True)
+
+
+def _take(path: Path, owner: Owner, stale_seconds: float) -> bool:
+    """Try once: make the lock file, removing a stale one first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{owner.token}")
+    if path.exists() and not is_held(path, stale_seconds=stale_seconds, by=owner):
+        # Of several that find the same stale lock one renames it away; a lock newly made meanwhile is put back.
+        seen = read_owner(path)
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return False
+        if read_owner(aside) != seen:
+            os.rename(aside, path)
+            return False
+    aside.write_text(json.dumps(asdict(owner)), encoding="utf-8")
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return False
+    finally:
+        aside.unlink(missing_ok=True)
+    return True
+
+
+def _touch_until(path: Path, ended: threading.Event, every_seconds: float) -> None:
+    while not ended.wait(every_seconds):
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return
+
+
+def _describe(owner: Owner | None) -> str:
+    if owner is None:
+        return "unknown"
+    return f"job {owner.job}, restart {owner.restart}, on {owner.host}" if owner.job else f"pid {owner.pid} on {owner.host}"
