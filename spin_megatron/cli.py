@@ -55,6 +55,14 @@ def build_parser(called: str | None = None) -> argparse.ArgumentParser:
     _add_overrides(run)
     run.set_defaults(handler=_lazy("spin_megatron.launch.loop", "run"))
 
+    submit = verbs.add_parser("submit", help="submit the run to Slurm as job arrays; the same command again goes on from where it stands")
+    submit.add_argument("target", type=Path, help="a config file, or the run directory of a started run")
+    submit.add_argument("--run-dir", type=Path, help="where the run lives, on a file system that every node sees")
+    submit.add_argument("--dry-run", action="store_true", help="print every sbatch line and submit nothing")
+    submit.add_argument("--scripts", type=Path, help="folder of env.sh, stage.sh and spin_iter.sh (default: slurm/ of this project)")
+    _add_overrides(submit)
+    submit.set_defaults(handler=_lazy("spin_megatron.launch.slurm", "command"))
+
     status = verbs.add_parser("status", help="show what is done, running and missing")
     status.add_argument("run_dir", type=Path)
     status.add_argument("--json", action="store_true", help="for programs")

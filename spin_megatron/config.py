@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from spin_megatron.plan.shape import ParallelLayout
 
 Value = TypeVar("Value")
+StageName = Literal["export", "prepare", "build-engine", "generate", "merge", "train", "evaluate"]
 PositiveInt = Field(gt=0)
 
 
@@ -159,6 +160,37 @@ class LaunchSection(Section):
     shard_processes: int = Field(1, gt=0, description="generate shards that run at the same time")
 
 
+class SlurmStageSection(Section):
+    """[slurm.stages.NAME]: what one stage asks Slurm for; NAME is export, prepare, build-engine, generate, merge, train or evaluate."""
+
+    nodes: int = Field(1, gt=0)
+    ranks_per_node: int = Field(1, gt=0, description="nodes x ranks_per_node is parallel's number of ranks for train and evaluate, else 1")
+    gpus_per_node: int = Field(0, ge=0)
+    cpus_per_rank: int = Field(1, gt=0)
+    memory: str | None = Field(None, description="as sbatch --mem; '0' is all of a node")
+    time: str = Field("01:00:00", description="as sbatch --time")
+    partition: str | None = Field(None, description="absent: [slurm] partition")
+    max_parallel: int = Field(8, gt=0, description="elements of the generate array that run at a time")
+    slots: int = Field(4, gt=0, description="length of the train array: each element goes on from the newest checkpoint")
+    options: list[str] = Field(default_factory=list, description='further sbatch options, e.g. ["--constraint=h100"]')
+
+
+class SlurmSection(Section):
+    """[slurm]: how `submit` asks for jobs. It never changes a result."""
+
+    partition: str | None = None
+    account: str | None = None
+    options: list[str] = Field(default_factory=list, description="further sbatch options of every job")
+    signal_seconds: int = Field(300, gt=0, description="how long before its time limit a stage is asked to save and leave")
+    max_failures: int = Field(3, gt=0, description="failures in a row of one stage after which the run stops")
+    hang_seconds: int = Field(3600, gt=0, description="a stage that shows no progress for so long is ended and tried again")
+    stages: dict[StageName, SlurmStageSection] = Field(default_factory=dict)
+
+    def of(self, stage: StageName) -> SlurmStageSection:
+        """The settings of one stage."""
+        return self.stages.get(stage, SlurmStageSection())
+
+
 PER_ITERATION = ("data.window", "objective.beta", "optimizer.learning_rate", "train.schedule_epochs", "train.stop_epoch")
 
 
@@ -187,6 +219,7 @@ class RunConfig(Section):
     parallel: ParallelSection = ParallelSection()
     evaluate: EvaluateSection = EvaluateSection()
     launch: LaunchSection = LaunchSection()
+    slurm: SlurmSection = SlurmSection()
 
     @model_validator(mode="after")
     def _check_across_fields(self) -> Self:
@@ -279,7 +312,9 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         section: Any = RunConfig
         for part in location[:-1]:
-            section = section.model_fields[part].annotation
+            section = (
+                SlurmStageSection if section is SlurmSection.model_fields["stages"].annotation else section.model_fields[part].annotation
+            )
         close = difflib.get_close_matches(location[-1], section.model_fields, n=1)
         hint = f"did you mean {close[0]}? The" if close else "the"
         return f"  {key}: unknown key; {hint} keys here are {', '.join(section.model_fields)}."

@@ -16,13 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from spin_megatron.config import PER_ITERATION, RunConfig, flat_settings
+from spin_megatron.config import PER_ITERATION, RunConfig, StageName, flat_settings
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held, is_held
 from spin_megatron.run.manifest import Manifest, StageIncomplete, StaleStage
 
-StageName = Literal["export", "prepare", "build-engine", "generate", "merge", "train", "evaluate"]
 State = Literal["done", "stale", "ready", "waiting"]
 
 # Ten missed touches of a lock (run/lock.py): a file server may be slow for a while.

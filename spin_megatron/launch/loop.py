@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from spin_megatron.config import RunConfig, apply_override, flat_settings, load_config, validate_config
+from spin_megatron.config import RunConfig, StageName, apply_override, flat_settings, load_config, validate_config
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
-from spin_megatron.pipeline import STAGES, StageName, StageRef, folder_of, line, log_folder, redo, require_current
+from spin_megatron.pipeline import STAGES, StageRef, folder_of, line, log_folder, redo, require_current
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
@@ -17,7 +17,7 @@ from spin_megatron.run.layout import RunLayout
 logger = logging.getLogger(__name__)
 
 # A started run may be moved to another layout or machine: these sections decide how, not what.
-CHANGEABLE = ("parallel", "launch")
+CHANGEABLE = ("parallel", "launch", "slurm")
 _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped and saved its state"}
 
 
@@ -71,7 +71,7 @@ def _check_addresses(config: RunConfig) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Start a run, or go on with it, until every stage is done."""
-    config, layout = _open_or_start(arguments)
+    config, layout = open_or_start(arguments)
     if arguments.redo:
         for ref in redo(config, layout, _parse_ref(arguments.redo)):
             logger.info("moved aside: %s", ref)
@@ -138,13 +138,19 @@ def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, R
 
 
 def _changes(config: RunConfig, layout: RunLayout) -> list[str]:
-    """The --set options that turn the frozen config into this one."""
+    """The --set options that make a stage's process see this layout; what Slurm is asked for does not concern it."""
+    sections = [section for section in CHANGEABLE if section != "slurm"]
     frozen, _ = open_run(layout.root)
-    then, now = flat_settings(frozen, CHANGEABLE), flat_settings(config, CHANGEABLE)
+    then, now = flat_settings(frozen, sections), flat_settings(config, sections)
     return [f"{name}={json.dumps(value)}" for name, value in now.items() if value != then[name]]
 
 
-def _open_or_start(arguments: argparse.Namespace) -> tuple[RunConfig, RunLayout]:
+def open_or_start(arguments: argparse.Namespace) -> tuple[RunConfig, RunLayout]:
+    """The run that `run` and `submit` mean: a run directory, or a config whose run is started if it was not yet.
+
+    Raises:
+        ValueError: the config is refused, or differs from that of the started run.
+    """
     if arguments.target.is_dir():
         return open_run(arguments.target, arguments.overrides)
     config = load_config(arguments.target, arguments.overrides)

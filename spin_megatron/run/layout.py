@@ -36,6 +36,21 @@ class RunLayout:
         return self.root / "slurm"
 
     @property
+    def slurm_overrides(self) -> Path:
+        """The --set options the jobs run with."""
+        return self.slurm / "overrides.json"
+
+    @property
+    def slurm_progress(self) -> Path:
+        """What `advance` last saw done, and how often in a row it saw nothing new."""
+        return self.slurm / "progress.json"
+
+    @property
+    def slurm_failures(self) -> Path:
+        """One JSON line a failed element."""
+        return self.slurm / "failures.jsonl"
+
+    @property
     def data(self) -> Path:
         return self.root / "data"
 
@@ -166,6 +181,9 @@ class RunLayout:
 
     def slurm_jobs(self, iteration: int) -> Path:
         return self.iteration(iteration) / "slurm_jobs.json"
+
+    def all_slurm_jobs(self) -> list[Path]:
+        return sorted(self.root.glob("iter_*/slurm_jobs.json"))
 
     @staticmethod
     def manifest(folder: Path) -> Path:

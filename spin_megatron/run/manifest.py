@@ -5,6 +5,7 @@ unfinished work. Every file of a run is written aside, fsynced and renamed by `a
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -111,6 +112,15 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a short exclusive file lock, waiting for it: for read-decide-write steps that last seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def digest_file(path: Path) -> str:
