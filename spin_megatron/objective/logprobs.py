@@ -95,7 +95,7 @@ def vocab_parallel_logprobs(
     sequence-parallel gather reduce-scatters it.
     Collectives: one all-gather of [R, 3] forward; one all-reduce of [R, H] backward. R = 0 does them too.
     Extra memory: one tile of row_block x vocab_chunk numbers, and kept_bytes between forward and backward; under no_grad nothing is
-    kept. Neither tiling nor keeping changes what a tile's product is, so kept_bytes does not change a bit of the result.
+    kept. Keeping changes no bit of the result; the tiling does (another product, another rounding), so it must not change in a run.
     Raises ValueError for targets outside the vocabulary (checked on CPU only: on an accelerator that would stop the stream).
     """
     assert hidden_RH.shape == (targets_R.shape[0], weight_VH.shape[1]), (hidden_RH.shape, weight_VH.shape, targets_R.shape)

@@ -58,7 +58,8 @@ def megatron_core() -> LogProbs:
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         parallel_state.initialize_model_parallel()
 
     def method(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor) -> Tensor:
