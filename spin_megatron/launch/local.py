@@ -66,7 +66,7 @@ class Launcher:
         """
         if self.is_stopping():
             return STOPPED
-        attempt = _new_attempt(log_folder)
+        attempt = new_attempt(log_folder)
         port = _free_port()
         ranks: list[subprocess.Popen[bytes]] = []
         for rank in range(world_size):
@@ -114,7 +114,7 @@ def _environment(rank: int, world_size: int, port: int, threads: int) -> dict[st
     return environment
 
 
-def _new_attempt(log_folder: Path) -> Path:
+def new_attempt(log_folder: Path) -> Path:
     """Make attempt_N, N counting from 1, and point `latest` at it."""
     log_folder.mkdir(parents=True, exist_ok=True)
     number = 1 + sum(1 for _ in log_folder.glob("attempt_*"))

@@ -115,9 +115,9 @@ def _run_group(launcher: Launcher, config: RunConfig, layout: RunLayout, group: 
 def launch_stage(launcher: Launcher, config: RunConfig, layout: RunLayout, ref: StageRef) -> int:
     """Start the ranks of one stage on this machine and wait for them."""
     shard = [] if ref.shard is None else ["--shard", str(ref.shard)]
-    changes = [option for change in _changes(config, layout) for option in ("--set", change)]
+    options = [option for change in changes(config, layout) for option in ("--set", change)]
     return launcher.launch(
-        [ref.name, "--run-dir", str(layout.root), "--iteration", str(ref.iteration), *shard, *changes],
+        [ref.name, "--run-dir", str(layout.root), "--iteration", str(ref.iteration), *shard, *options],
         world_size=config.parallel.layout().world_size if STAGES[ref.name].distributed else 1,
         threads=config.launch.threads_per_process,
         log_folder=log_folder(layout, ref),
@@ -134,10 +134,10 @@ def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, R
     if not layout.run_json.exists():
         start = f"spin-megatron run CONFIG --run-dir {str(run_dir)!r}"
         raise ValueError(f"{run_dir} is not a run directory (no run.json); start one with: {start}")
-    return _with_changes(RunConfig.from_json(layout.run_json.read_text(encoding="utf-8")), overrides), layout
+    return _withchanges(RunConfig.from_json(layout.run_json.read_text(encoding="utf-8")), overrides), layout
 
 
-def _changes(config: RunConfig, layout: RunLayout) -> list[str]:
+def changes(config: RunConfig, layout: RunLayout) -> list[str]:
     """The --set options that make a stage's process see this layout; what Slurm is asked for does not concern it."""
     sections = [section for section in CHANGEABLE if section != "slurm"]
     frozen, _ = open_run(layout.root)
@@ -183,7 +183,7 @@ def _same_run(frozen: RunConfig, config: RunConfig, layout: RunLayout) -> RunCon
     return frozen.model_copy(update={section: getattr(config, section) for section in CHANGEABLE})
 
 
-def _with_changes(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+def _withchanges(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """Apply --set to a started run: only how it runs may change."""
     if not overrides:
         return config

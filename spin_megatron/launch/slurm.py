@@ -86,6 +86,11 @@ def chain(config: RunConfig, layout: RunLayout) -> list[Link]:
     return links
 
 
+def num_done(config: RunConfig, layout: RunLayout) -> int:
+    """Number of finished stages of the run."""
+    return sum(manifests.read_manifest(folder_of(layout, ref)) is not None for ref in line(config))
+
+
 def _array(config: RunConfig, refs: Sequence[StageRef]) -> str:
     """Generate: its missing shards; train: interchangeable slots, one at a time; else one element."""
     settings = config.slurm.of(refs[0].name)
@@ -174,7 +179,10 @@ def submit(
         if own_job is None:
             _copy_scripts(scripts, layout.slurm)
             manifests.write_json(layout.slurm_overrides, list(overrides))
-            layout.slurm_progress.unlink(missing_ok=True)  # a person starts the count of failures anew
+            # A person who submits starts the counts of failures anew.
+            manifests.write_json(layout.slurm_progress, {"done": num_done(config, layout), "barren": 0})
+            with open(layout.slurm_failures, "a", encoding="utf-8") as events:
+                events.write(json.dumps({"event": "submitted", "ref": ""}) + "\n")
         return _submit_links(config, layout, links)
 
 

@@ -1,0 +1,31 @@
+# shellcheck shell=bash
+# The one file a cluster owner edits: what every job of a run needs of this cluster. It is sourced by stage.sh and spin_iter.sh.
+# Partition, account, nodes and time limits stand in the run's config, section [slurm].
+
+# The Python that submits and supervises. It runs on the host (never in a container), where sbatch, srun and scontrol are.
+# It needs `pip install spin-megatron` with its torch-free parts only: pydantic, rich and pyarrow.
+export SPIN_PYTHON="${SPIN_PYTHON:-python3}"
+
+# The Python of the ranks, with torch and Megatron Core; inside the container where there is one.
+export SPIN_RANK_PYTHON="${SPIN_RANK_PYTHON:-$SPIN_PYTHON}"
+
+# Further srun options of the ranks, shell-quoted. With pyxis and enroot, for example:
+#   SPIN_SRUN_OPTIONS="--container-image=/images/spin_megatron.sqsh --container-mounts=/lustre:/lustre --no-container-mount-home"
+# pyxis wants the image path with a leading / or ./, and unpacks it once a node.
+export SPIN_SRUN_OPTIONS="${SPIN_SRUN_OPTIONS:-}"
+
+# Environment modules, if the cluster has them:
+#   module purge; module load cuda/13.0
+
+# NCCL. The interface names are the site's; there is no default that is right everywhere.
+#   export NCCL_SOCKET_IFNAME==ib0        (a second = means exactly this name)
+#   export GLOO_SOCKET_IFNAME=ib0
+# Tensor parallelism overlaps communication best with one hardware queue before Blackwell:
+#   export CUDA_DEVICE_MAX_CONNECTIONS=1
+
+# Step-0 margins are exactly 0 only when equal inputs give equal outputs.
+export NVTE_ALLOW_NONDETERMINISTIC_ALGO="${NVTE_ALLOW_NONDETERMINISTIC_ALGO:-0}"
+
+# Nothing is fetched while a job runs.
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+export PYTHONUNBUFFERED=1

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The batch body of every job: the cluster's environment, then the supervisor, which holds all decisions.
+# Arguments: the folder of env.sh (Slurm runs a copy of this script elsewhere), the run directory, the link, the iteration.
+set -euo pipefail
+
+scripts=$1
+shift
+# shellcheck source-path=SCRIPTDIR source=env.sh
+source "$scripts/env.sh"
+
+# exec: Slurm's signal for the batch shell then reaches the supervisor itself.
+exec "$SPIN_PYTHON" -m spin_megatron.launch.supervise "$@"
