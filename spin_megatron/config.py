@@ -187,7 +187,9 @@ class SlurmSection(Section):
     stages: dict[StageName, SlurmStageSection] = Field(default_factory=dict)
 
     def of(self, stage: StageName) -> SlurmStageSection:
-        """The settings of one stage."""
+        """The settings of one stage; evaluate runs on the ranks of train unless it has its own."""
+        if stage == "evaluate" and stage not in self.stages:
+            stage = "train"
         return self.stages.get(stage, SlurmStageSection())
 
 

@@ -143,6 +143,7 @@ def _resources(config: RunConfig, settings: SlurmStageSection) -> list[str]:
 
 def dry_run(config: RunConfig, layout: RunLayout) -> list[list[str]]:
     """Every sbatch line of the chain as it would be submitted now; job ids are named by their link."""
+    check_resources(config)
     commands = []
     after = None
     for link in chain(config, layout):
