@@ -1,0 +1,91 @@
+"""What the tests of training and of its checkpoints share: a tiny model in training on a few fixed steps."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spin_megatron.data.batches import pair_tokens
+from spin_megatron.data.packing import assign_ranks, plan_packs
+from spin_megatron.mcore.model import build_model, load_huggingface
+from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer
+from spin_megatron.mcore.reference import PackedPairs, score_pairs
+from spin_megatron.mcore.runtime import Runtime
+from spin_megatron.mcore.training import Objective, StepOutcome, train_step
+from spin_megatron.plan.shape import ModelShape
+from spin_megatron.run.records import Pack, ReferenceScore
+from tests.parity.tiny_models import make_pairs
+
+PACK_TOKENS = 96
+PACKS_PER_STEP = 4  # divides among 1, 2 and 4 data-parallel ranks
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model in training, its packs and the reference sums of theta_t."""
+
+    runtime: Runtime
+    trainer: Trainer
+    packed: PackedPairs
+    references: dict[str, ReferenceScore]
+
+    def batches(self, packs: Sequence[Pack]) -> list:
+        return [self.packed.batch(pack) for pack in assign_ranks(packs, self.runtime.layout.data)[self.runtime.data_rank]]
+
+
+def packed_pairs(*, pack_tokens: int = PACK_TOKENS, num_pairs: int = 36) -> PackedPairs:
+    """The same pairs whatever the packs; every pack holds one pair at least."""
+    pairs = make_pairs(1, num_pairs=num_pairs, longest=50)
+    lengths = [(pair.pair_id, pair_tokens(pair, share_prompt=True)) for pair in pairs]
+    packs = plan_packs(lengths, pack_tokens=pack_tokens, max_pairs_per_pack=None, seed=0)
+    return PackedPairs({pair.pair_id: pair for pair in pairs}, tuple(packs), pack_tokens, share_prompt=True)
+
+
+def make_bench(
+    folder: Path, rule: UpdateRule, runtime: Runtime, *, dtype: torch.dtype = torch.float32, packed: PackedPairs | None = None
+) -> Bench:
+    """Load the model, score the reference and build the optimizer."""
+    shape = ModelShape.from_huggingface(folder)
+    chunks = build_model(shape, runtime, dtype=dtype)
+    load_huggingface(chunks, folder, shape, runtime, show=False)
+    packed = packed or packed_pairs()
+    scores: list = [score_pairs(chunks, packed, packed.packs, runtime)]
+    torch.distributed.broadcast_object_list(scores, src=0)
+    return Bench(runtime, build_trainer(chunks, rule), packed, {score.pair_id: score for score in scores[0]})
+
+
+def make_steps(bench: Bench, numbers: Sequence[int], *, objective: Objective | None = None) -> list[StepOutcome]:
+    """Updates number 0, 1, ..., each on the next PACKS_PER_STEP packs."""
+    outcomes = []
+    for number in numbers:
+        packs = bench.packed.packs[number * PACKS_PER_STEP : (number + 1) * PACKS_PER_STEP]
+        assert len(packs) == PACKS_PER_STEP
+        outcome = train_step(
+            bench.trainer,
+            bench.batches(packs),
+            bench.references,
+            objective or Objective("logistic", beta=0.1),
+            bench.runtime,
+            num_pairs=sum(len(pack.pair_ids) for pack in packs),
+            learning_rate=LEARNING_RATE,
+            must_start_at_zero=number == 0,
+        )
+        outcomes.append(outcome)
+    return outcomes
+
+
+def numbers_of(outcomes: Sequence[StepOutcome]) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    return [(outcome.metrics["loss"], outcome.grad_norm) for outcome in outcomes]
+
+
+def weight_bits(trainer: Trainer) -> dict[str, str]:
+    """A digest of each of this rank's parameters."""
+    return {
+        f"{index}.{name}": hashlib.sha256(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for index, chunk in enumerate(trainer.chunks)
+        for name, parameter in chunk.module.named_parameters()
+    }
