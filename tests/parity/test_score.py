@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from tests.parity.tiny_models import huggingface_logits, make_pairs, make_tiny_model, response_logps
 
@@ -41,19 +40,11 @@ def test_scores_on_two_by_two_ranks_agree_with_transformers(tmp_path: Path) -> N
             assert not row[~mask].any()
 
 
-@pytest.mark.parametrize(
-    ("options", "line", "message"),
-    [
-        ((), '{"prompt_ids": [1], "response_ids": [259]}', "has token 259"),
-        (("--tensor", "3"), '{"prompt_ids": [1], "response_ids": [2]}', "parallel.tensor=3"),
-    ],
-    ids=["token outside the vocabulary", "layout that does not divide the model"],
-)
-def test_a_refused_request_exits_with_2_and_writes_nothing(options: tuple[str, ...], line: str, message: str, tmp_path: Path) -> None:
+def test_a_refused_line_exits_with_2_and_writes_nothing(tmp_path: Path) -> None:
     folder = make_tiny_model("llama2", tmp_path / "model")
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(line + "\n")
-    finished = _score(folder, pairs, tmp_path / "scores.npz", *options)
+    pairs.write_text('{"prompt_ids": [1], "response_ids": [259]}\n')
+    finished = _score(folder, pairs, tmp_path / "scores.npz")
     assert finished.returncode == 2, finished.stderr
-    assert message in "".join(finished.stderr.split("\n")).replace("  ", "")
+    assert "has token 259" in finished.stderr
     assert not (tmp_path / "scores.npz").exists()
