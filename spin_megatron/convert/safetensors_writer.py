@@ -121,7 +121,7 @@ def open_file(folder: Path, planned: PlannedFile) -> Iterator[OpenFile]:
     """Yield a planned file to fill; on leaving it is fsynced and renamed, after an exception removed.
 
     Raises:
-        ValueError: the disk is full (from the block as well).
+        OSError: the disk is full, the quota or the file size limit is reached (errno says which).
     """
     path = folder / planned.name
     aside = folder / f".{planned.name}.tmp"
@@ -161,13 +161,14 @@ def write_index(folder: Path, files: Sequence[PlannedFile]) -> None:
 
 @contextmanager
 def disk_full_is_named(path: Path, num_bytes: int) -> Iterator[None]:
-    """Turn the errors of a full disk into a ValueError that says what was written where, and what to do."""
+    """Give the errors of a full disk a message that says what was written where, and what to do; their errno stays."""
     try:
         yield
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
-        raise ValueError(
+        raise OSError(
+            error.errno,
             f"{path} ({num_bytes / 1e9:.2f} GB) could not be written: {_DISK_FULL[error.errno]}. Nothing unfinished was kept under a "
-            "final name; make room or choose another destination and run the same command again, it goes on where it stopped."
+            "final name; make room and run the same command again: it goes on where it stopped",
         ) from error

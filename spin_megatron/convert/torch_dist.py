@@ -65,8 +65,9 @@ def hf_to_torch_dist(
         max_file_bytes: largest `.distcp` file; workers: files written at once.
 
     Raises:
-        ValueError: anything about the source that `check_tensors` or `ModelShape.from_huggingface` refuses, a destination that
-            holds something else, or a full disk.
+        ValueError: anything about the source that `check_tensors` or `ModelShape.from_huggingface` refuses, or a destination that
+            holds something else.
+        OSError: the disk is full.
     """
     started = _now()
     shape, folder = ModelShape.from_huggingface(source), HfFolder(source)
@@ -215,7 +216,8 @@ def torch_dist_to_hf(
 
     Raises:
         ValueError: the checkpoint is not whole, lacks or adds tensors, or has them in other shapes than config.json asks for; a
-            destination that holds something else; a full disk.
+            destination that holds something else.
+        OSError: the disk is full.
     """
     source = checkpoint / SOURCE_FOLDER if source is None else source
     shape, names = ModelShape.from_huggingface(source), source_dtypes(source)

@@ -100,7 +100,7 @@ class TorchDistWriter:
         """Write and fsync one file; on_piece is called as each of its pieces is read.
 
         Raises:
-            ValueError: the disk is full.
+            OSError: the disk is full.
         """
         path = self._folder / file.name
 

@@ -1,5 +1,6 @@
 """What both converters share: a destination that is unfinished until it says otherwise, threads over files, a progress bar."""
 
+import errno
 import json
 import os
 import shutil
@@ -96,7 +97,8 @@ def begin(destination: Path, key: str, num_bytes: int) -> None:
     """Claim a destination: new, empty, or left unfinished by the same conversion, which then goes on.
 
     Raises:
-        ValueError: the folder holds something else, or the disk is too small for `num_bytes` more.
+        ValueError: the folder holds something else.
+        OSError: the disk is too small for `num_bytes` more.
     """
     state = destination / STATE_NAME
     if state.exists():
@@ -107,7 +109,8 @@ def begin(destination: Path, key: str, num_bytes: int) -> None:
     destination.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(destination).free
     if free < num_bytes:
-        raise ValueError(f"{destination} has {free / 1e9:.1f} GB free and {num_bytes / 1e9:.1f} GB are to be written; make room first.")
+        needed = f"{num_bytes / 1e9:.1f} GB are to be written"
+        raise OSError(errno.ENOSPC, f"{destination} has {free / 1e9:.1f} GB free and {needed}; make room first")
     write_json(state, {"key": key, "meaning": "This folder is not finished; the same command goes on with it."})
 
 

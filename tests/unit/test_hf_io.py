@@ -159,7 +159,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         message = r"model.safetensors .* could not be written: the file size limit .*run the same command again"
-        with pytest.raises(ValueError, match=message), open_file(tmp_path, planned) as handle:
+        with pytest.raises(OSError, match=message), open_file(tmp_path, planned) as handle:
             handle.write_rows("a", 0, torch.zeros(5000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

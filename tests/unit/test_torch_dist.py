@@ -289,7 +289,7 @@ def test_a_full_disk_is_named_keeps_what_is_whole_and_the_same_command_goes_on(t
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
     try:
-        with pytest.raises(ValueError, match=r"distcp .*could not be written: the file size limit"):
+        with pytest.raises(OSError, match=r"distcp .*could not be written: the file size limit"):
             to_megatron(tmp_path / "source", tmp_path / "megatron", workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -299,7 +299,7 @@ def test_a_full_disk_is_named_keeps_what_is_whole_and_the_same_command_goes_on(t
     to_megatron(tmp_path / "source", tmp_path / "megatron")
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
     try:
-        with pytest.raises(ValueError, match=r"safetensors .*could not be written: the file size limit"):
+        with pytest.raises(OSError, match=r"safetensors .*could not be written: the file size limit"):
             to_huggingface(tmp_path / "megatron", None, tmp_path / "back", workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -312,7 +312,7 @@ def test_a_destination_too_small_is_refused_before_the_work(tmp_path: Path, monk
     write_model(tmp_path / "source", SHAPE)
     num_bytes = HfFolder(tmp_path / "source").num_bytes
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": num_bytes - 1}))
-    with pytest.raises(ValueError, match=r"GB free and .* GB are to be written; make room first"):
+    with pytest.raises(OSError, match=r"GB free and .* GB are to be written; make room first"):
         to_megatron(tmp_path / "source", tmp_path / "megatron")
 
 
@@ -382,7 +382,7 @@ def test_a_source_changed_since_the_interruption_is_not_mixed_in(tmp_path: Path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
     try:
-        with pytest.raises(ValueError, match="file size limit"):
+        with pytest.raises(OSError, match="file size limit"):
             to_megatron(tmp_path / "source", tmp_path / "megatron", workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
