@@ -8,6 +8,7 @@ Shapes: T tokens of the pack (a sequence-parallel rank holds T/TP of them betwee
 (local: padded V/TP), D head size.
 """
 
+import importlib.util
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -147,6 +148,9 @@ def build_model(shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, reco
     if runtime.rank == 0:
         logger.info("layers: %s (%s)", spec.kind, spec.reason)
         logger.info("attention: %s (%s)", attention.name, attention.reason)
+        if runtime.device.type == "cuda":
+            fused = "fused (NVIDIA apex)" if has_fused_weight_gradient() else "not fused (NVIDIA apex's extension is not installed)"
+            logger.info("weight gradients: %s", fused)
     config = transformer_config(shape, runtime, dtype=dtype, recompute=recompute, spec=spec.kind)
     layer, norm = layer_submodules(spec.kind, num_experts=shape.num_experts, qk_norm=shape.qk_norm, attention=attention)
     virtual = layout.virtual_pipeline
@@ -212,10 +216,15 @@ def transformer_config(
         bias_dropout_fusion=on_cuda,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=on_cuda and has_fused_weight_gradient(),
         **_expert_settings(shape, has_te=has_te, on_cuda=on_cuda),
         **_recompute_settings(recompute, is_dense=is_dense),
     )
+
+
+def has_fused_weight_gradient() -> bool:
+    """Whether NVIDIA apex's kernel is there that adds weight gradients straight to main_grad; Megatron Core's head needs it for that."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def _expert_settings(shape: ModelShape, *, has_te: bool, on_cuda: bool) -> dict[str, Any]:

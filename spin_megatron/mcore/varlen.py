@@ -89,6 +89,7 @@ class PlanCache:
         self._plans: OrderedDict[tuple[bytes, str], VarlenPlan] = OrderedDict()
 
     def get(self, branches_B4: Tensor, device: torch.device) -> VarlenPlan:
+        """The plan of these branches, made now or found; the least recently used one goes when there are too many."""
         key = (branches_B4.numpy().tobytes(), str(device))
         plan = self._plans.get(key)
         if plan is None:
