@@ -26,13 +26,18 @@ class Advance(Protocol):
 
 
 def configure_logging(log_file: Path | None, *, show: bool = True) -> None:
-    """Send the package's log records to the terminal (show) and, appended, to a file."""
-    logger = logging.getLogger("spin_megatron")
+    """Send the package's log records to the terminal (show) and, appended, to a file.
+
+    Python's warnings (libraries give many at import) go to the file alone, where there is one.
+    """
+    logger, warnings = logging.getLogger("spin_megatron"), logging.getLogger("py.warnings")
     logger.setLevel(logging.INFO)
-    logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
+    logging.captureWarnings(log_file is not None)
+    for source in (logger, warnings):
+        source.propagate = False
+        for handler in list(source.handlers):
+            source.removeHandler(handler)
+            handler.close()
     if show:
         logger.addHandler(RichHandler(console=console, show_path=False, log_time_format="[%X]"))
     if log_file is not None:
@@ -40,6 +45,7 @@ def configure_logging(log_file: Path | None, *, show: bool = True) -> None:
         file_handler = logging.FileHandler(log_file, encoding="utf-8")
         file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger.addHandler(file_handler)
+        warnings.addHandler(file_handler)
 
 
 @contextmanager

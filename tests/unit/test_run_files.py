@@ -1,7 +1,9 @@
 """Manifests, records and metrics: nothing half-written is taken for done, nothing is lost."""
 
 import json
+import logging
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from spin_megatron.run.manifest import (
     write_text,
 )
 from spin_megatron.run.records import GeneratedRow, PromptRow, ReferenceScore, SpinPair, read_rows, write_rows
-from spin_megatron.run.telemetry import MetricsWriter
+from spin_megatron.run.telemetry import MetricsWriter, configure_logging
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -130,3 +132,16 @@ def test_tensorboard_shows_the_resumed_values_once(tmp_path: Path) -> None:
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.0), (1, 20.0), (2, 30.0)]
+
+
+def test_warnings_of_libraries_go_to_the_log_file_and_not_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        configure_logging(tmp_path / "rank_0.log", show=True)
+        warnings.warn("a library's advice", UserWarning, stacklevel=1)
+        logging.getLogger("spin_megatron.test").info("our own word")
+    finally:
+        configure_logging(None)
+    log = (tmp_path / "rank_0.log").read_text(encoding="utf-8")
+    assert "a library's advice" in log
+    assert "our own word" in log
+    assert "advice" not in capsys.readouterr().err
