@@ -33,8 +33,10 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONTEXT_TOKENS = 8192
 
-# Short enough for a quick demo, long enough to skip "Hello" and "lol".
-MIN_CHARACTERS, MAX_CHARACTERS = 20, 160
+# (least, most) characters. Prompts beyond "Hello" and "lol"; answers about as long as the model's own, or their length alone
+# would tell them apart.
+PROMPT_CHARACTERS = (20, 160)
+ANSWER_CHARACTERS = (80, 240)
 # Addresses, links, phone numbers and HTML do not belong into a model's answers.
 UNWANTED = re.compile(r"@|https?:|www\.|\d{7,}|<[^>]*>")
 
@@ -187,9 +189,9 @@ def turn_text(turn: list[dict[str, str]]) -> str:
     return " ".join(" ".join(message["text"] for message in turn).split())
 
 
-def is_wanted(text: str) -> bool:
+def is_wanted(text: str, characters: tuple[int, int]) -> bool:
     """Whether a turn may be a prompt or an answer of the quickstart."""
-    return MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS and not UNWANTED.search(text)
+    return characters[0] <= len(text) <= characters[1] and not UNWANTED.search(text)
 
 
 def exchanges(dialogues: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -201,7 +203,7 @@ def exchanges(dialogues: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for number, dialogue in enumerate(dialogues.values()):
         turns = [turn_text(turn) for turn in dialogue["messages"]]
         for position, (prompt, answer) in enumerate(pairwise(turns)):
-            if is_wanted(prompt) and is_wanted(answer):
+            if is_wanted(prompt, PROMPT_CHARACTERS) and is_wanted(answer, ANSWER_CHARACTERS):
                 messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
                 yield {"id": f"dialogue-{number:04d}-turn-{position:03d}", "messages": messages}
                 break

@@ -33,8 +33,8 @@ def dialogue(*turns: list[str]) -> dict[str, Any]:
 
 
 LONG_A = "I have been reading about the sea all day."
-LONG_B = "That sounds better than my day at the office."
-LONG_C = "Then take tomorrow off and read with me!"
+LONG_B = "That sounds better than my day at the office, where nobody has read a book in the last year."
+LONG_C = "Then take tomorrow off and read with me! There is room for two on the bench, and the sun will shine."
 
 
 def test_the_first_exchange_with_two_long_enough_turns_is_taken_and_only_that_one(assets: ModuleType) -> None:
@@ -74,7 +74,13 @@ def test_sender_ids_and_times_are_dropped(assets: ModuleType) -> None:
     ],
 )
 def test_length_and_content_decide_what_is_wanted(assets: ModuleType, text: str, wanted: bool) -> None:
-    assert assets.is_wanted(text) is wanted
+    assert assets.is_wanted(text, (20, 160)) is wanted
+
+
+def test_a_short_turn_may_be_a_prompt_but_no_answer(assets: ModuleType) -> None:
+    # LONG_A has 42 characters: enough for a prompt, too few for an answer.
+    assert list(assets.exchanges({"x": dialogue([LONG_B], [LONG_A])})) == []
+    assert len(list(assets.exchanges({"x": dialogue([LONG_A], [LONG_B])}))) == 1
 
 
 def test_a_folder_whose_making_failed_does_not_exist(assets: ModuleType, tmp_path: Path) -> None:
