@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 ADVANCE = "advance"
 # The one file a cluster owner edits, the batch body, and the way in; copied into the run directory at submission.
 SCRIPTS = ("env.sh", "stage.sh", "spin_iter.sh")
-DEFAULT_SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
+DEFAULT_SCRIPTS = Path(__file__).resolve().parents[2].joinpath("slurm")  # of the project, not of a run
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def sbatch_command(config: RunConfig, layout: RunLayout, link: Link, *, after: s
     if after is not None:
         words.append(f"--dependency={'afterany' if link.after_any else 'afterok'}:{after}")
     words += ["--kill-on-invalid-dep=yes", "--requeue", "--open-mode=append", f"--signal=B:USR1@{config.slurm.signal_seconds}"]
-    words += [f"--output={logs}/slurm_%A_%a.log", f"--chdir={layout.root}"]
+    folder = str(logs).replace("%", "%%")  # a % of the path itself is no pattern
+    words += [f"--output={folder}/slurm_%A_%a.log", f"--chdir={layout.root}"]
     words += _resources(config, settings if link.refs else SlurmStageSection(time="00:30:00", partition=settings.partition))
     return [*words, str(layout.slurm / "stage.sh"), str(layout.slurm), str(layout.root), link.name, str(link.iteration)]
 

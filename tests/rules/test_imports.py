@@ -24,6 +24,8 @@ LAYERS = {
     "spin_megatron.pipeline": 4,
     "spin_megatron.report": 4,
     "spin_megatron.launch": 4,
+    # What srun starts: it is the command line, with a rank's coordinates.
+    "spin_megatron.launch.rank": 5,
     "spin_megatron.cli": 5,
 }
 # Plain arguments instead of the config: what computes can be used and tested without a run.

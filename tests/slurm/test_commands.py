@@ -1,0 +1,162 @@
+"""The sbatch lines of `submit --dry-run`, word for word; no Slurm is needed."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from spin_megatron.config import RunConfig
+from spin_megatron.launch.slurm import chain, check_resources, dry_run
+from spin_megatron.pipeline import StageRef, folder_of, line
+from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.manifest import Manifest, write_manifest
+
+MODEL = {"model": {"path": "model"}, "data": {"source": "data", "max_prompt_tokens": 8, "max_response_tokens": 8}}
+
+
+def make_config(**sections: dict) -> RunConfig:
+    """A run named r of 2 iterations and 3 shards; `sections` are merged over it."""
+    values = {**MODEL, "run": {"name": "r", "iterations": 2}, "generate": {"num_shards": 3}, **sections}
+    return RunConfig.model_validate(values)
+
+
+def finish(layout: RunLayout, *refs: StageRef, config: RunConfig) -> None:
+    """Write a manifest for each stage, which is all that the chain looks at."""
+    for ref in refs:
+        folder = folder_of(layout, ref)
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = Manifest(
+            stage=ref.name,
+            iteration=ref.iteration,
+            shard=ref.shard,
+            key="key",
+            settings={},
+            inputs={},
+            outputs=(),
+            summary={},
+            versions={},
+            git=None,
+            host="host",
+            started_at="2026-01-01T00:00:00+00:00",
+            finished_at="2026-01-01T00:00:01+00:00",
+        )
+        assert ref in line(config)
+        write_manifest(folder, manifest)
+
+
+def golden(link: str, iteration: int, *, array: str, after: str, logs: str, minutes: str = "01:00:00", more: str = "") -> str:
+    """The line of a link in the run directory /r with default resources, as the cluster's owner would read it."""
+    dependency = f"--dependency={after} " if after else ""
+    return (
+        f"sbatch --parsable --job-name=spin-r-{link}-{iteration} --array={array} {dependency}"
+        "--kill-on-invalid-dep=yes --requeue --open-mode=append --signal=B:USR1@300 "
+        f"'--output=/r/{logs}/slurm_%A_%a.log' --chdir=/r --nodes=1 --ntasks-per-node=1 --cpus-per-task=1 --time={minutes}{more} "
+        f"/r/slurm/stage.sh /r/slurm /r {link} {iteration}"
+    )
+
+
+def test_a_fresh_run_is_one_chain_in_which_every_link_waits_for_the_one_before() -> None:
+    lines = [shlex.join(words) for words in dry_run(make_config(), RunLayout(Path("/r")))]
+    expected = [
+        golden("export", 0, array="0-0", after="", logs="iter_0/logs/export"),
+        golden("prepare", 0, array="0-0", after="afterok:<job of export 0>", logs="iter_0/logs/prepare"),
+        golden("build-engine", 0, array="0-0", after="afterok:<job of prepare 0>", logs="iter_0/logs/build-engine"),
+        golden("generate", 0, array="0,1,2%8", after="afterok:<job of build-engine 0>", logs="iter_0/logs/generate"),
+        golden("merge", 0, array="0-0", after="afterany:<job of generate 0>", logs="iter_0/logs/merge"),
+        golden("train", 0, array="0-3%1", after="afterok:<job of merge 0>", logs="iter_0/logs/train"),
+        golden("export", 1, array="0-0", after="afterany:<job of train 0>", logs="iter_0/logs/export"),
+        golden("evaluate", 0, array="0-0", after="afterok:<job of export 1>", logs="iter_0/logs/evaluate"),
+        golden("advance", 0, array="0-0", after="afterany:<job of evaluate 0>", logs="iter_0/logs/advance", minutes="00:30:00"),
+    ]
+    # shlex quotes a word only where a shell would change it: a dependency on a named job holds < and >.
+    assert [shlex.split(line) for line in lines] == [shlex.split(line.replace("<", "'<").replace(">", ">'")) for line in expected]
+
+
+def test_only_the_missing_shards_stand_in_the_array(tmp_path: Path) -> None:
+    config, layout = make_config(), RunLayout(tmp_path)
+    done = [StageRef("export", 0), StageRef("prepare"), StageRef("build-engine", 0), StageRef("generate", 0, 1)]
+    finish(layout, *done, config=config)
+    words = dry_run(config, layout)[0]
+    assert "--array=0,2%8" in words
+    assert words[-2:] == ["generate", "0"]
+    assert not [word for word in words if word.startswith("--dependency")]
+
+
+def test_a_chain_holds_one_iteration_and_ends_with_the_link_that_goes_on(tmp_path: Path) -> None:
+    config, layout = make_config(), RunLayout(tmp_path)
+    first = [ref for ref in line(config) if ref.iteration == 0 or ref == StageRef("export", 1)]
+    finish(layout, *first, config=config)
+    links = [(link.name, link.iteration) for link in chain(config, layout)]
+    assert links == [("build-engine", 1), ("generate", 1), ("merge", 1), ("train", 1), ("export", 2), ("evaluate", 1), ("advance", 1)]
+
+
+def test_a_finished_run_submits_nothing(tmp_path: Path) -> None:
+    config, layout = make_config(), RunLayout(tmp_path)
+    finish(layout, *line(config), config=config)
+    assert dry_run(config, layout) == []
+
+
+def test_resources_of_a_stage_reach_its_line_and_no_other() -> None:
+    train = {
+        "nodes": 2,
+        "ranks_per_node": 4,
+        "gpus_per_node": 4,
+        "cpus_per_rank": 12,
+        "memory": "0",
+        "time": "08:00:00",
+        "partition": "gpu",
+        "slots": 12,
+        "options": ["--constraint=h100"],
+    }
+    slurm = {"partition": "main", "account": "lab", "options": ["--exclusive"], "signal_seconds": 600}
+    config = make_config(parallel={"tensor": 4, "data": 2}, slurm={**slurm, "stages": {"train": train}})
+    lines = {words[-2]: words for words in dry_run(config, RunLayout(Path("/r")))}
+    asked = lines["train"][lines["train"].index("--chdir=/r") + 1 : -5]
+    expected = "--nodes=2 --ntasks-per-node=4 --cpus-per-task=12 --time=08:00:00 --gpus-per-node=4 --mem=0 --partition=gpu --account=lab"
+    assert asked == [*expected.split(), "--exclusive", "--constraint=h100"]
+    assert "--array=0-11%1" in lines["train"]
+    assert "--signal=B:USR1@600" in lines["train"]
+    evaluate = lines["evaluate"][lines["evaluate"].index("--chdir=/r") + 1 : -5]
+    assert evaluate == asked, "evaluate runs on the ranks of train unless it has settings of its own"
+    merge = lines["merge"][lines["merge"].index("--chdir=/r") + 1 : -5]
+    expected = "--nodes=1 --ntasks-per-node=1 --cpus-per-task=1 --time=01:00:00 --partition=main --account=lab --exclusive"
+    assert merge == expected.split()
+
+
+def test_every_link_is_cancelled_when_what_it_waits_for_can_never_end_well(tmp_path: Path) -> None:
+    for words in dry_run(make_config(), RunLayout(tmp_path)):
+        assert "--kill-on-invalid-dep=yes" in words
+        assert "--requeue" in words
+        assert "--open-mode=append" in words
+
+
+def test_paths_with_spaces_and_quotes_stay_one_word(tmp_path: Path) -> None:
+    root = tmp_path / "it's a \"tiny\" run"
+    for words in dry_run(make_config(run={"name": "a b'c", "iterations": 1}), RunLayout(root)):
+        assert words[-5:-2] == [str(root / "slurm" / "stage.sh"), str(root / "slurm"), str(root)]
+        assert f"--chdir={root}" in words
+        assert sum(str(root) in word for word in words) == 5
+        assert any(word.startswith("--job-name=spin-a b'c-") for word in words)
+
+
+def test_a_percent_sign_in_a_path_is_not_a_pattern_of_slurm(tmp_path: Path) -> None:
+    root = tmp_path / "100%a"
+    for words in dry_run(make_config(), RunLayout(root)):
+        (output,) = (word for word in words if word.startswith("--output="))
+        assert output.startswith(f"--output={tmp_path}/100%%a/")
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"train": {"nodes": 2, "ranks_per_node": 1}}, r"slurm\.stages\.train: nodes=2 x ranks_per_node=1 must be 4"),
+        ({"train": {"ranks_per_node": 4}, "evaluate": {}}, r"slurm\.stages\.evaluate: nodes=1 x ranks_per_node=1 must be 4"),
+        ({"merge": {"nodes": 2}}, r"slurm\.stages\.merge: nodes=2 x ranks_per_node=1 must be 1 \(this stage is one process\)"),
+    ],
+)
+def test_resources_that_do_not_fit_the_layout_are_refused(stages: dict, message: str, tmp_path: Path) -> None:
+    config = make_config(parallel={"tensor": 2, "data": 2}, slurm={"stages": stages})
+    with pytest.raises(ValueError, match=message):
+        check_resources(config)
+    with pytest.raises(ValueError, match=message):
+        dry_run(config, RunLayout(tmp_path))
