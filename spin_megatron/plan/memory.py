@@ -122,7 +122,9 @@ def state_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettin
                 continue
             numel = sum(parameter.numel for parameter in parameters)
             buffer = _buffer(parameters, num_ranks, settings)
-            held = buffer.shard_elements(data_rank % num_ranks, num_ranks) if settings.distributed_optimizer else numel
+            # Neighbouring data ranks hold different experts (Megatron Core's order tp-cp-ep-dp-pp).
+            rank = data_rank // (layout.data * layout.context // num_ranks)
+            held = buffer.shard_elements(rank, num_ranks) if settings.distributed_optimizer else numel
             num_parameters += numel
             weights += buffer.num_elements * settings.weight_bytes
             gradients += buffer.num_elements * settings.gradient_bytes

@@ -8,7 +8,7 @@ import torch
 
 from spin_megatron.mcore.model import SpinModel, build_model
 from spin_megatron.mcore.optimizer import UpdateRule, apply_gradients, build_trainer, clear_gradients, parts
-from spin_megatron.mcore.runtime import running
+from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.plan.layouts import RECOMPUTE_ORDER
 from spin_megatron.plan.memory import OptimizerName, Precision, TrainSettings, layer_widths, state_bytes
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
@@ -18,25 +18,28 @@ from tests.parity.gloo import run_ranks
 # Odd sizes, so that padding shows: norms of 72 and head_dim 12 are no multiples of 64, the vocabulary is prime.
 TINY = ModelShape("qwen3", 4, 72, 88, 6, 2, 12, 257, 64, 1e-6, 1e4, qk_norm=True)
 TIED = replace(TINY, family="llama", qk_norm=False, tied_embeddings=True)
-MIXTURE = replace(TINY, family="mixtral", qk_norm=False, num_experts=4, experts_per_token=2, expert_ffn_hidden_size=88)
+MIXTURE = replace(TINY, family="mixtral", qk_norm=False, num_experts=4, experts_per_token=2, expert_ffn_hidden_size=91)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def measure_state(shape: ModelShape, layout: ParallelLayout, precision: Precision, optimizer: OptimizerName, is_sharded: bool) -> Any:
-    """(pipeline rank, data rank, weights, gradients, optimizer) in bytes, after one update."""
+def state_after_an_update(shape: ModelShape, runtime: Runtime, precision: Precision, rule: UpdateRule) -> list[int]:
+    """Bytes of weights, gradients and optimizer."""
+    chunks = build_model(shape, runtime, dtype=DTYPES[precision])
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            torch.nn.init.zeros_(parameter)
+    trainer = build_trainer(chunks, rule)
+    clear_gradients(trainer)
+    apply_gradients(trainer, learning_rate=1e-3)
+    buffers = [buffer for chunk in trainer.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
+    weights = sum(_storages([parameter for chunk in chunks for parameter in chunk.parameters()]).values())
+    return [weights, gradients, _optimizer_bytes(trainer.optimizer, rule, weights_kept=chunks)]
+
+
+def state_of_a_real_rank(shape: ModelShape, layout: ParallelLayout) -> list[int]:
     with running(layout, device="cpu", seed=0) as runtime:
-        chunks = build_model(shape, runtime, dtype=DTYPES[precision])
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                torch.nn.init.zeros_(parameter)
-        rule = UpdateRule(optimizer, is_distributed=is_sharded)
-        trainer = build_trainer(chunks, rule)
-        clear_gradients(trainer)
-        apply_gradients(trainer, learning_rate=1e-3)
-        buffers = [buffer for chunk in trainer.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-        gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
-        weights = sum(_storages([parameter for chunk in chunks for parameter in chunk.parameters()]).values())
-        return runtime.pipeline_rank, runtime.data_rank, weights, gradients, _optimizer_bytes(trainer.optimizer, rule, weights_kept=chunks)
+        return state_after_an_update(shape, runtime, "bfloat16", UpdateRule("adamw", is_distributed=True))
 
 
 def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:
@@ -66,18 +69,26 @@ def _optimizer_bytes(optimizer: Any, rule: UpdateRule, *, weights_kept: list[Spi
         pytest.param(TINY, ParallelLayout(data=2), "bfloat16", "adamw", False, id="every data rank holds all of it"),
         pytest.param(TIED, ParallelLayout(pipeline=2, data=2), "bfloat16", "adamw", True, id="tied embedding has a bucket of its own"),
         pytest.param(TINY, ParallelLayout(pipeline=2, virtual_pipeline=2), "bfloat16", "adamw", True, id="each virtual stage has buffers"),
-        pytest.param(MIXTURE, ParallelLayout(data=2, expert=2), "bfloat16", "adamw", True, id="experts are shared by fewer ranks"),
+        pytest.param(MIXTURE, ParallelLayout(data=6, expert=2), "bfloat16", "adamw", True, id="experts are shared by fewer ranks"),
     ],
 )
 def test_planned_state_is_what_megatron_core_allocates(
     shape: ModelShape, layout: ParallelLayout, precision: Precision, optimizer: OptimizerName, is_sharded: bool
 ) -> None:
+    """Every rank in turn is this process: what it allocates does not depend on what the others send."""
     settings = TrainSettings(64, 1, precision=precision, optimizer=optimizer, distributed_optimizer=is_sharded)
-    for pipeline_rank, data_rank, *measured in run_ranks(
-        measure_state, layout.world_size, shape, layout, precision, optimizer, is_sharded, timeout=120
-    ):
-        planned = state_bytes(shape, layout, settings, pipeline_rank, data_rank)
-        assert [planned.weights, planned.gradients, planned.optimizer] == measured, (pipeline_rank, data_rank)
+    for rank in range(layout.world_size):
+        with fake_rank(layout, rank, device="cpu") as runtime:
+            measured = state_after_an_update(shape, runtime, precision, UpdateRule(optimizer, is_distributed=is_sharded))
+            planned = state_bytes(shape, layout, settings, runtime.pipeline_rank, runtime.data_rank)
+            assert [planned.weights, planned.gradients, planned.optimizer] == measured, rank
+
+
+def test_real_data_ranks_hold_what_is_planned() -> None:
+    layout = ParallelLayout(data=2)
+    for data_rank, measured in enumerate(run_ranks(state_of_a_real_rank, 2, TINY, layout, timeout=240)):
+        planned = state_bytes(TINY, layout, TrainSettings(64, 1), 0, data_rank)
+        assert [planned.weights, planned.gradients, planned.optimizer] == measured
 
 
 def kept_for_backward(shape: ModelShape, layout: ParallelLayout, num_tokens: int) -> dict[str, int]:
