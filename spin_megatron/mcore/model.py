@@ -139,10 +139,15 @@ def build_model(shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, reco
         One chunk, or parallel.virtual_pipeline of them.
 
     Raises:
-        ValueError: the layout does not divide the model.
+        ValueError: the layout does not divide the model, or asks for context parallelism.
     """
     layout = runtime.layout
     layout.check(shape)
+    if layout.context > 1:
+        raise ValueError(
+            f"parallel.context={layout.context} (config.toml [parallel]): pairs that share their prompt are not split over "
+            "context-parallel ranks; use 1, and parallel.tensor or parallel.pipeline for long sequences."
+        )
     spec = choose_layer_spec(runtime.device)
     attention = choose_backend(runtime.device, dtype, head_dim=shape.head_dim, sliding_window=shape.sliding_window)
     if runtime.rank == 0:

@@ -50,13 +50,23 @@ def run_schedule(
     """Run one forward(-backward) pass over the packs; what `finish` collected, by pack, on the last stage, else [].
 
     With virtual pipeline stages the number of packs must be a multiple of parallel.pipeline (see `fill_schedule`).
+
+    Raises:
+        ValueError: under sequence parallelism, a pack length that the tensor-parallel ranks do not divide.
     """
+    pack_tokens, layout = batches[0].tokens_T.shape[0], runtime.layout
+    if layout.sequence and pack_tokens % layout.tensor:
+        multiple = -(-pack_tokens // layout.tensor) * layout.tensor
+        raise ValueError(
+            f"train.pack_tokens={pack_tokens} is not a multiple of parallel.tensor={layout.tensor}, over which parallel.sequence "
+            f"splits each pack (config.toml); use {multiple}."
+        )
     collected: list[Any] = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[on_device(batches, runtime.device) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=batches[0].tokens_T.shape[0],
+        seq_length=pack_tokens,
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,

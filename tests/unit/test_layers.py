@@ -1,0 +1,130 @@
+"""Our norm, gated activation and rotary frequencies against definitions and transformers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from spin_megatron.mcore.layers import RmsNorm, Swiglu, choose_layer_spec
+from spin_megatron.plan.shape import ModelShape, RopeScaling
+
+
+def _norm(dtype: torch.dtype, *, sequence_parallel: bool = False) -> RmsNorm:
+    config = SimpleNamespace(use_cpu_initialization=True, params_dtype=dtype, sequence_parallel=sequence_parallel)
+    norm = RmsNorm(config, 16, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 1.5, 16))
+    return norm
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return (3 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
+
+
+def test_gradients_of_norm_and_activation_are_those_of_finite_differences() -> None:
+    norm = _norm(torch.float64)
+
+    def with_weight(hidden: Tensor, weight: Tensor) -> Tensor:
+        normed: Tensor = torch.func.functional_call(norm, {"weight": weight}, (hidden,))
+        return normed
+
+    assert torch.autograd.gradcheck(with_weight, (_random(5, 1, 16), norm.weight))
+    assert torch.autograd.gradcheck(Swiglu(None), (_random(5, 1, 12),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_rounds_as_transformers_does(dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm, reference = _norm(dtype), LlamaRMSNorm(16, eps=1e-5).to(dtype)
+    reference.weight.data.copy_(norm.weight)
+    hidden = _random(40, 1, 16, dtype=dtype)
+    # The sum of squares may be added in another order: one unit in the last place.
+    torch.testing.assert_close(norm(hidden), reference(hidden), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_the_norm_s_weight_is_marked_only_under_sequence_parallelism() -> None:
+    assert _norm(torch.float32, sequence_parallel=True).weight.sequence_parallel is True
+    assert _norm(torch.float32).weight.sequence_parallel is False
+
+
+def test_the_activation_is_silu_of_the_first_half_times_the_second() -> None:
+    # silu(1) = 1 / (1 + e**-1) = 0.731059; times 10.
+    assert Swiglu(None)(torch.tensor([[0.0, 1.0, 5.0, 10.0]])).tolist() == [[0.0, pytest.approx(7.31059, abs=1e-5)]]
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "kept"),
+    [(_norm(torch.float32), (8, 1, 16), 8 * 16 + 8 + 16), (Swiglu(None), (8, 1, 24), 8 * 24)],
+    ids=["norm", "swiglu"],
+)
+def test_nothing_of_the_input_s_size_is_kept_but_the_input(module: torch.nn.Module, shape: tuple[int, ...], kept: int) -> None:
+    numbers: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        numbers[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        module(torch.randn(shape, requires_grad=True))
+    assert sum(numbers.values()) == kept
+
+
+def _shape(head_dim: int, theta: float, scaling: RopeScaling | None) -> ModelShape:
+    return ModelShape(
+        family="llama",
+        num_layers=1,
+        hidden_size=head_dim,
+        ffn_hidden_size=8,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        vocab_size=8,
+        max_positions=131072,
+        norm_epsilon=1e-5,
+        rope_theta=theta,
+        rope_scaling=scaling,
+    )
+
+
+@pytest.mark.parametrize(
+    ("theta", "head_dim", "scaling"),
+    [
+        (10000.0, 128, None),
+        (10000.0, 64, RopeScaling("linear", 2.5)),
+        (500000.0, 128, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+        (500000.0, 64, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)),
+        (10000.0, 16, RopeScaling("llama3", 4.0, 2.0, 9.0, 1024)),  # constants that Megatron Core cannot express
+    ],
+    ids=["plain", "linear", "llama_3.1", "llama_3.2", "other constants"],
+)
+def test_rotary_frequencies_equal_transformers(theta: float, head_dim: int, scaling: RopeScaling | None) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from spin_megatron.mcore.model import inverse_frequencies
+
+    rope: dict[str, object] = {"rope_theta": theta, "rope_type": "default" if scaling is None else scaling.kind}
+    if scaling is not None:
+        rope["factor"] = scaling.factor
+    if scaling is not None and scaling.kind == "llama3":
+        rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        rope["original_max_position_embeddings"] = scaling.original_max_positions
+    config = LlamaConfig(hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=131072, rope_parameters=rope)
+    expected = LlamaRotaryEmbedding(config).inv_freq
+    found = inverse_frequencies(_shape(head_dim, theta, scaling))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    if scaling is not None:
+        assert not torch.allclose(found, inverse_frequencies(_shape(head_dim, theta, None)), rtol=1e-3, atol=0)
+
+
+def test_the_layer_modules_are_named_with_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    assert choose_layer_spec(torch.device("cpu")).kind == "local"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    chosen = choose_layer_spec(torch.device("cuda"))
+    assert (chosen.kind, chosen.reason[:37]) == ("local", "Transformer Engine is not installed (")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert choose_layer_spec(torch.device("cuda")).kind == "transformer_engine"

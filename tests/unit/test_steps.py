@@ -1,0 +1,66 @@
+"""What a pass refuses and how it fills its schedule, without a model."""
+
+from typing import cast
+
+import pytest
+import torch
+
+from spin_megatron.mcore.runtime import Runtime, running
+from spin_megatron.mcore.steps import empty_batch, fill_schedule, gather_over_data, on_device, run_schedule, score_packs
+from spin_megatron.plan.shape import ModelShape, ParallelLayout
+
+
+class _LayoutOnly:
+    """Stands for a Runtime where only the layout is read."""
+
+    def __init__(self, layout: ParallelLayout) -> None:
+        self.layout = layout
+
+
+def _at(layout: ParallelLayout) -> Runtime:
+    return cast(Runtime, _LayoutOnly(layout))
+
+
+@pytest.mark.parametrize(("num_packs", "filled"), [(1, 4), (4, 4), (5, 8)])
+def test_virtual_stages_get_a_multiple_of_the_pipeline_s_packs(num_packs: int, filled: int) -> None:
+    batches = [empty_batch(8) for _ in range(num_packs)]
+    found = fill_schedule(batches, _at(ParallelLayout(pipeline=4, virtual_pipeline=2)))
+    assert len(found) == filled
+    assert all(mine is batch for mine, batch in zip(found, batches, strict=False))
+    assert {batch.tokens_T.shape[0] for batch in found} == {8}
+    assert all(batch.rows_R.numel() == 0 for batch in found[num_packs:])
+    assert fill_schedule(batches, _at(ParallelLayout(pipeline=4))) == batches
+
+
+def test_a_pack_length_that_sequence_parallelism_cannot_split_is_refused_with_one_that_it_can() -> None:
+    layout = ParallelLayout(tensor=4, sequence=True)
+    with pytest.raises(ValueError, match=r"train\.pack_tokens=10 is not a multiple of parallel\.tensor=4.*use 12\."):
+        run_schedule(lambda *_: (torch.zeros(()), print), [torch.nn.Identity()], [empty_batch(10)], _at(layout), forward_only=True)
+
+
+def test_on_the_cpu_batches_pass_as_they_are() -> None:
+    batches = [empty_batch(4), empty_batch(4)]
+    assert all(found is batch for found, batch in zip(on_device(batches, torch.device("cpu")), batches, strict=True))
+
+
+def test_no_packs_give_no_scores_and_context_parallelism_is_refused() -> None:
+    from spin_megatron.mcore.model import build_model
+
+    shape = ModelShape(
+        family="llama",
+        num_layers=1,
+        hidden_size=8,
+        ffn_hidden_size=8,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        vocab_size=8,
+        max_positions=8,
+        norm_epsilon=1e-5,
+        rope_theta=1e4,
+    )
+    with running(ParallelLayout(), device="cpu", seed=1) as runtime:
+        assert score_packs([], [], runtime) == []
+        assert gather_over_data("mine", runtime) == ["mine"]
+    with pytest.raises(ValueError, match=r"parallel\.context=2 .*use 1"):
+        build_model(shape, _at(ParallelLayout(context=2)), dtype=torch.float32)
