@@ -14,9 +14,9 @@ from spin_megatron.mcore.optimizer_state import slots
 from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.mcore.training import Objective, train_step
 from spin_megatron.plan.shape import ParallelLayout
-from tests.parity.gloo import free_port, run_ranks
+from tests.parity.gloo import run_ranks
 from tests.parity.tiny_models import make_tiny_model
-from tests.parity.updates import LEARNING_RATE, Bench, make_bench, make_steps, numbers_of, packed_pairs, weight_bits
+from tests.parity.updates import LEARNING_RATE, Bench, make_bench, make_steps, numbers_of, packed_pairs, ports_for, weight_bits
 
 ADAMW = UpdateRule("adamw", weight_decay=0.1, max_grad_norm=1.0)
 RMSPROP = UpdateRule("rmsprop")
@@ -62,7 +62,7 @@ def test_loss_and_gradient_norm_equal_one_process_on_every_layout(models: dict[s
     with running(ParallelLayout(), device="cpu", seed=1) as runtime:
         for model, folder in models.items():
             expected[model] = numbers_of(make_steps(make_bench(folder, MODELS[model], runtime), range(NUM_STEPS)))
-    results = run_ranks(_all_layouts, WORLD, models, [free_port() for _ in LAYOUTS], timeout=240)
+    results = run_ranks(_all_layouts, WORLD, models, ports_for(len(LAYOUTS)), timeout=240)
     for (layout, model), steps in results[0].items():
         # Summed in another order: 1e-7 a step; three updates with normalised gradients let it grow a little.
         for number, (found, wanted) in enumerate(zip(steps, expected[model], strict=True)):

@@ -1,6 +1,8 @@
 """What the tests of training and of its checkpoints share: a tiny model in training on a few fixed steps."""
 
 import hashlib
+import random
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,19 @@ PACKS_PER_STEP = 4  # divides among 1, 2 and 4 data-parallel ranks
 LEARNING_RATE = 1e-3
 
 
+def ports_for(count: int) -> list[int]:
+    """Ports to meet at one after the other. Below the ephemeral range: one of there that is free now may serve a connection of an
+    earlier layout when its turn comes."""
+    found: list[int] = []
+    draw = random.SystemRandom()
+    while len(found) < count:
+        port = draw.randrange(12_000, 32_000)
+        with socket.socket() as probe:
+            if port not in found and probe.connect_ex(("127.0.0.1", port)) != 0:
+                found.append(port)
+    return found
+
+
 @dataclass(frozen=True)
 class Bench:
     """A model in training, its packs and the reference sums of theta_t."""
@@ -36,7 +51,7 @@ class Bench:
         return [self.packed.batch(pack) for pack in assign_ranks(packs, self.runtime.layout.data)[self.runtime.data_rank]]
 
 
-def packed_pairs(*, pack_tokens: int = PACK_TOKENS, num_pairs: int = 36) -> PackedPairs:
+def packed_pairs(*, pack_tokens: int = PACK_TOKENS, num_pairs: int = 40) -> PackedPairs:
     """The same pairs whatever the packs; every pack holds one pair at least."""
     pairs = make_pairs(1, num_pairs=num_pairs, longest=50)
     lengths = [(pair.pair_id, pair_tokens(pair, share_prompt=True)) for pair in pairs]
