@@ -178,6 +178,7 @@ class SlurmStageSection(Section):
 class SlurmSection(Section):
     """[slurm]: how `submit` asks for jobs. It never changes a result."""
 
+    gpu: str | None = Field(None, description="the cluster's GPU, as `plan --gpu` names it: a layout that cannot fit on it is refused")
     partition: str | None = None
     account: str | None = None
     options: list[str] = Field(default_factory=list, description="further sbatch options of every job")

@@ -10,6 +10,7 @@ from pathlib import Path
 from spin_megatron.config import RunConfig, StageName, apply_override, flat_settings, load_config, validate_config
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
 from spin_megatron.pipeline import STAGES, StageRef, folder_of, line, log_folder, redo, require_current
+from spin_megatron.plan.command import check_config_fits
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
@@ -50,6 +51,8 @@ def check_config(config: RunConfig) -> None:
             f"data.max_prompt_tokens + data.max_response_tokens = {longest} is beyond the model's {shape.max_positions} positions "
             f"({folder}/config.json); lower one of them."
         )
+    if config.slurm.gpu is not None:
+        check_config_fits(config, config.slurm.gpu)
 
 
 def _check_addresses(config: RunConfig) -> None:

@@ -25,7 +25,7 @@ from spin_megatron.config import RunConfig
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, new_attempt
 from spin_megatron.launch.loop import changes, open_run
 from spin_megatron.launch.slurm import ADVANCE, chain, num_done, run_slurm, submit
-from spin_megatron.pipeline import STAGES, StageRef, folder_of, log_folder, made_in
+from spin_megatron.pipeline import STAGES, StageRef, folder_of, line, log_folder, made_in
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.telemetry import configure_logging
@@ -235,22 +235,46 @@ def read_events(layout: RunLayout) -> list[dict[str, str]]:
     if not layout.slurm_failures.exists():
         return []
     events = []
-    for line in layout.slurm_failures.read_text(encoding="utf-8").splitlines():
+    for text in layout.slurm_failures.read_text(encoding="utf-8").splitlines():
         try:
-            events.append(json.loads(line))
+            events.append(json.loads(text))
         except json.JSONDecodeError:
             continue
     return events
 
 
 def last_error(logs: Path) -> str:
-    """The last error line in an attempt's logs."""
-    found = ""
+    """The last error in an attempt's logs, or what its absence means."""
+    return last_logged_error(logs) or "no error was logged: the process was killed from outside, or its node died"
+
+
+def last_logged_error(logs: Path) -> str | None:
+    """The message of the last error line of an attempt; where a traceback follows it, the exception."""
+    found = None
     for path in sorted(logs.glob("*.log")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if " ERROR " in line:
-                found = line.partition(" ERROR ")[2]
-    return found or "no error was logged: the process was killed from outside, or its node died"
+        in_traceback = False
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if " ERROR " in text:
+                found, in_traceback = text.partition(" ERROR ")[2], False
+            elif text.startswith("Traceback "):
+                in_traceback = True
+            elif in_traceback and text and not text.startswith(" "):
+                found, in_traceback = text, False
+    return found
+
+
+def stop_reason(config: RunConfig, layout: RunLayout) -> str | None:
+    """Why the run is not tried any further, and what to do; None while it is."""
+    advice = f"mend the cause, then: bash slurm/spin_iter.sh {str(layout.root)!r}"
+    for ref in line(config):
+        if manifests.read_manifest(folder_of(layout, ref)) is None and failures_in_a_row(layout, ref) >= config.slurm.max_failures:
+            reason = [event["reason"] for event in read_events(layout) if event["ref"] == str(ref) and event["event"] == "failed"][-1]
+            return f"{ref} failed {config.slurm.max_failures} times in a row, last: {reason}; {advice}"
+    if layout.slurm_progress.exists():
+        barren = json.loads(layout.slurm_progress.read_text(encoding="utf-8"))["barren"]
+        if barren >= config.slurm.max_failures:
+            return f"{barren} chains of jobs in a row finished no stage; {advice}"
+    return None
 
 
 if __name__ == "__main__":

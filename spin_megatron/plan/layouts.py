@@ -111,9 +111,6 @@ def try_layout(question: Question, layout: ParallelLayout, *, recompute: Recompu
         layout.check(question.shape)
     except ValueError as error:
         return Refusal(layout, "shape", str(error))
-    if layout.context > 1:
-        cure = "packed pairs are not split over context ranks (mcore/attention.py); use 1, and more parallel.tensor for longer packs."
-        return Refusal(layout, "shape", f"parallel.context={layout.context} (config.toml [parallel]): {cure}")
     batch = plan_batch(
         question.workload,
         pack_tokens=question.settings.pack_tokens,

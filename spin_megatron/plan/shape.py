@@ -151,6 +151,9 @@ class ParallelLayout:
         for name in ("tensor", "pipeline", "data", "context", "expert", "virtual_pipeline"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name}={getattr(self, name)} (config.toml [parallel]); use a number of at least 1.")
+        if self.context > 1:
+            found = f"parallel.context={self.context} (config.toml [parallel])"
+            raise ValueError(f"{found}: packed pairs are not split over context ranks; use 1, and more tensor for longer packs.")
         self._check_tensor(shape)
         stages = self.pipeline * self.virtual_pipeline
         if shape.num_layers % stages:
