@@ -1,16 +1,19 @@
 """The built-in engine's own promise: a row's bits do not depend on the rows beside it."""
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from spin_megatron.generation import hf_loop
+from spin_megatron.generation.decoder import Decoder, KvSlots, make_linear
 from spin_megatron.generation.engine import EngineSpec, Prompt, Sampling
-from spin_megatron.generation.hf_loop import HfLoop, PackedLinear, row_attention
+from spin_megatron.generation.hf_loop import HfLoop
 from spin_megatron.plan.shape import Family
 from spin_megatron.run.records import GeneratedRow
 from tests.unit.test_engine_contract import greedy_by_transformers
@@ -102,56 +105,61 @@ def test_bfloat16_rows_are_independent_too(tmp_path: Path, monkeypatch: pytest.M
     assert together == alone
 
 
-def test_row_attention_reads_exactly_the_row_s_own_length() -> None:
-    # Two heads of size 1, scale 1. Row 0 sees keys 0, ln 2 with values 3, 6: weights 1/3, 2/3 -> 5. What lies beyond is NaN.
-    nan = float("nan")
-    keys = torch.tensor([[[[0.0], [torch.log(torch.tensor(2.0))], [nan]]], [[[0.0], [nan], [nan]]]])
-    values = torch.tensor([[[[3.0], [6.0], [nan]]], [[[7.0], [nan], [nan]]]])
-    query = torch.ones(3, 2, 1, 1)
-    output, _ = row_attention(torch.nn.Identity(), query, keys.split(1), values.split(1), None, scaling=1.0, rows=[(0, 2), (1, 1)])
-    torch.testing.assert_close(output[:, 0, :, 0], torch.tensor([[5.0, 5.0], [7.0, 7.0], [0.0, 0.0]]))
+def slots_holding(keys: list[float], values: list[float]) -> KvSlots:
+    """One layer, one head of size 1, one slot of 4 positions; what is not given is NaN."""
+    slots = KvSlots(replace(TINY, num_layers=1, num_kv_heads=1, head_dim=1), 2, 4, dtype=torch.float32, device=torch.device("cpu"))
+    nan = [float("nan")] * (4 - len(keys))
+    places = slots.places(torch.tensor([0] * 4), torch.arange(4))
+    slots.write(0, places, torch.tensor(keys + nan).view(4, 1, 1), torch.tensor(values + nan).view(4, 1, 1))
+    return slots
 
 
-def test_a_sliding_window_of_one_sees_only_the_newest_token() -> None:
-    keys, values = torch.zeros(1, 1, 4, 1), torch.tensor([[[[1.0], [2.0], [3.0], [4.0]]]])
-    for window, expected in ((1, 3.0), (2, 2.5)):  # of three tokens: the last, the mean of the last two
-        settings = {"scaling": 1.0, "rows": [(0, 3)], "sliding_window": window}
-        output, _ = row_attention(torch.nn.Identity(), torch.ones(1, 1, 1, 1), keys.split(1), values.split(1), None, **settings)
-        assert output.item() == expected
+def test_a_row_attends_to_exactly_its_own_length() -> None:
+    # Keys 0 and ln 2, query 1, values 3 and 6: weights 1/3 and 2/3 give 5. What lies behind is NaN. The second token is padding.
+    slots = slots_holding([0.0, math.log(2)], [3.0, 6.0])
+    output = slots.attend(0, torch.ones(2, 1, 1), [(0, 2)], None)
+    torch.testing.assert_close(output, torch.tensor([[5.0], [0.0]]))
+    assert slots.attend(0, torch.ones(1, 1, 1), [(0, 1)], None).item() == 3.0
 
 
-def test_a_packed_linear_layer_computes_what_the_layer_did() -> None:
-    torch.manual_seed(0)
-    for bias in (True, False):
-        linear = torch.nn.Linear(24, 40, bias=bias)
-        inputs = torch.randn(5, 1, 24)
-        expected = inputs.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
-        torch.testing.assert_close(PackedLinear(linear)(inputs).double(), expected, atol=1e-6, rtol=1e-6)
+@pytest.mark.parametrize(("window", "expected"), [(1, 3.0), (2, 2.5), (3, 2.0), (9, 2.0)])
+def test_a_sliding_window_counts_the_token_itself(window: int, expected: float) -> None:
+    # Equal keys: the mean of the last `window` of the values 1, 2, 3.
+    slots = slots_holding([0.0, 0.0, 0.0], [1.0, 2.0, 3.0])
+    assert slots.attend(0, torch.ones(1, 1, 1), [(0, 3)], window).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+def test_a_packed_product_is_the_product(num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, inputs = (torch.randn(size, generator=generator) for size in ((40, 24), (40,), (num_rows, 24)))
+    for added in (bias, None):
+        expected = inputs.double() @ weight.double().T + (0 if added is None else added.double())
+        torch.testing.assert_close(make_linear(weight, added)(inputs).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_that_differ_by_place_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A layer that treats the last row differently, as a kernel with a remainder loop may: the guarantee must be withdrawn.
     write_model(tmp_path, tiny_shape("llama"), dtype=torch.float32)
-    forward = PackedLinear.forward
+    step = Decoder.step
 
-    def uneven(self: PackedLinear, input_BQI: torch.Tensor) -> torch.Tensor:
-        output = forward(self, input_BQI)
-        return torch.cat([output[:-1], output[-1:] * (1 + 2**-23)]) if len(output) > 1 else output
+    def uneven(self: Decoder, *arguments: Any, width: int) -> torch.Tensor:
+        logits = step(self, *arguments, width=width)
+        return torch.cat([logits[:-1], logits[-1:] * (1 + 2**-22)])
 
-    monkeypatch.setattr(PackedLinear, "forward", uneven)
+    monkeypatch.setattr(Decoder, "step", uneven)
     assert not load(tmp_path, batch_size=8).describe()["rows_independent"]
 
 
 def test_a_width_whose_bits_differ_from_the_widest_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model(tmp_path, tiny_shape("llama"), dtype=torch.float32)
     assert load(tmp_path, batch_size=32).describe()["widths"] == [8, 16, 32]
-    forward = PackedLinear.forward
+    step = Decoder.step
 
-    def wide_only(self: PackedLinear, input_BQI: torch.Tensor) -> torch.Tensor:
-        output = forward(self, input_BQI)
-        return output * (1 + 2**-23) if len(output) == 16 else output
+    def another_at_16(self: Decoder, *arguments: Any, width: int) -> torch.Tensor:
+        return step(self, *arguments, width=width) * (1 + 2**-22 if width == 16 else 1)
 
-    monkeypatch.setattr(PackedLinear, "forward", wide_only)
+    monkeypatch.setattr(Decoder, "step", another_at_16)
     facts = load(tmp_path, batch_size=32).describe()
     assert (facts["widths"], facts["rows_independent"]) == ([8, 32], True)
 
