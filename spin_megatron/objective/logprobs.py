@@ -25,7 +25,7 @@ from torch import Tensor
 IGNORED = -1  # target of a row that has none: value and gradient are exactly 0
 ROW_BLOCK = 1024
 VOCAB_CHUNK = 4096
-KEPT_BYTES = 112 * 2**20
+KEPT_BYTES = 128 * 2**20
 
 # fp32 logits [B, C] kept from forward, by the tile's first row and first local column.
 KeptTiles = dict[tuple[int, int], Tensor]
