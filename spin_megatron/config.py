@@ -88,6 +88,16 @@ class GenerateSection(Section):
     options: dict[str, str | int | float | bool] = Field(default_factory=dict, description="settings of the chosen engine")
 
 
+class QualitySection(Section):
+    """[quality]: shares of a shard's answers above which it warns, or stops before they are trained on. They change no answer."""
+
+    on_excess: Literal["warn", "stop"] = "warn"
+    max_empty: float = Field(0.05, ge=0, le=1, description="nothing before EOS")
+    max_repeated: float = Field(0.1, ge=0, le=1, description="ends in a loop of at most 16 tokens")
+    max_truncated: float = Field(0.5, ge=0, le=1, description="no EOS within data.max_response_tokens")
+    max_identical: float = Field(0.2, ge=0, le=1, description="the same words as the answer to another prompt")
+
+
 class ObjectiveSection(Section):
     """[objective]: the SPIN loss, equation 4.7 of the paper."""
 
@@ -216,6 +226,7 @@ class RunConfig(Section):
     model: ModelSection
     data: DataSection
     generate: GenerateSection = GenerateSection()
+    quality: QualitySection = QualitySection()
     objective: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()

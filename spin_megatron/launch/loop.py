@@ -1,6 +1,7 @@
 """`spin-megatron run` and `check`: the whole loop on one machine, stage after stage, each in processes of its own."""
 
 import argparse
+import importlib
 import json
 import logging
 from collections.abc import Sequence
@@ -18,17 +19,21 @@ from spin_megatron.run.layout import RunLayout
 logger = logging.getLogger(__name__)
 
 # A started run may be moved to another layout or machine: these sections decide how, not what.
-CHANGEABLE = ("parallel", "launch", "slurm")
+CHANGEABLE = ("parallel", "launch", "slurm", "quality")
 _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped and saved its state"}
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Check everything that can be known before a stage runs, and print the line."""
-    from spin_megatron.report.overview import print_line
+    from spin_megatron.report.overview import print_example, print_line
 
     config = load_config(arguments.config, arguments.overrides)
     check_config(config)
     print_line(config)
+    if Path(config.model.path).is_dir() and Path(config.data.source).exists():
+        print_example(*importlib.import_module("spin_megatron.stages.prepare").preview(config))
+    else:
+        logger.info("the data's first row and its template are checked by prepare: the model or the data is not on this machine yet")
     return DONE
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_megatron.generation.engine import Engine, Prompt, Sampling, eos_token_ids, provider
+from spin_megatron.generation.quality import MIN_ANSWERS, AnswerQuality, answer_quality, excesses
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import StageIncomplete, digest_values, read_manifest, write_json
 from spin_megatron.run.records import GeneratedRow, PromptRow, read_rows, write_rows
@@ -70,8 +71,9 @@ def run(context: StageContext) -> StageOutput:
     if attempt.pop("stopped", False):
         return StageOutput(files={}, stopped=True)
     rows = [row for part in parts for row in read_part(part)]
+    quality = _judge(rows, sampling, context)
     files: dict[Path, int | None] = {identity_path: None} | {part.path: len(part.prompts) for part in parts}
-    return StageOutput(files=files, summary=_response_summary(rows) | attempt)
+    return StageOutput(files=files, summary=_response_summary(rows) | {"quality": vars(quality)} | attempt)
 
 
 def _sampling(context: StageContext) -> Sampling:
@@ -191,12 +193,32 @@ def _write_parts(rows: Iterator[GeneratedRow], parts: Sequence[Part], counts: _C
         raise RuntimeError(f"the engine left {sum(len(part.prompts) for part in parts) - counts.num_responses} prompts unanswered.")
 
 
+def _judge(rows: Sequence[GeneratedRow], sampling: Sampling, context: StageContext) -> AnswerQuality:
+    """Rates of unusable answers.
+
+    Raises:
+        ValueError: one is above its limit and quality.on_excess is "stop"; the answers are kept.
+    """
+    settings = context.config.quality
+    quality = answer_quality(rows, sampling.eos_ids)
+    limits = AnswerQuality(settings.max_empty, settings.max_repeated, settings.max_truncated, settings.max_identical)
+    found = excesses(quality, limits) if len(rows) >= MIN_ANSWERS else []
+    for line in found:
+        logger.warning("%s", line)
+    if found and settings.on_excess == "stop":
+        folder = context.layout.shard(context.iteration, context.shard or 0)
+        raise ValueError(
+            f"{'; '.join(found)}. Read the answers in {folder}; if they are as they should be, go on with --set quality.on_excess=warn, "
+            "else train the model before with a smaller learning rate or fewer epochs."
+        )
+    return quality
+
+
 def _response_summary(rows: Sequence[GeneratedRow]) -> dict[str, Any]:
     """Facts about the whole shard's answers."""
     num_rows = max(1, len(rows))
     return {
         "responses": len(rows),
         "generated_tokens": sum(len(row.token_ids) for row in rows),
-        "truncated_share": sum(row.finish_reason == "length" for row in rows) / num_rows,
         "mean_response_tokens": sum(len(row.token_ids) for row in rows) / num_rows,
     }

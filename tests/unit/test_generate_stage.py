@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_config(**settings: object) -> RunConfig:
+def make_config(*, quality: dict[str, object] | None = None, **settings: object) -> RunConfig:
     generate_section = {"dtype": "float32", "batch_size": 3, "rows_per_part": 4, **settings}
     data = {"source": "org/d", "revision": "b", "max_prompt_tokens": 20, "max_response_tokens": 10, "num_held_out": NUM_HELD_OUT}
     return validate_config(
@@ -40,6 +40,7 @@ def make_config(**settings: object) -> RunConfig:
             "data": data,
             "generate": generate_section,
             "train": {"pack_tokens": 64},
+            "quality": quality or {},
         },
         origin="test",
     )
@@ -222,8 +223,27 @@ def test_the_summary_counts_what_was_answered(base: Path, tmp_path: Path) -> Non
     assert output.summary["responses"] == 15
     assert output.summary["generated_tokens"] == tokens
     assert output.summary["mean_response_tokens"] == tokens / 15
-    assert output.summary["truncated_share"] == sum(len(row.token_ids) == 10 and row.token_ids[-1] not in (2, 3) for row in rows) / 15
+    assert output.summary["quality"]["truncated"] == sum(len(row.token_ids) == 10 and row.token_ids[-1] not in (2, 3) for row in rows) / 15
     attempt = output.summary["attempt"]
     assert attempt["generated_tokens_per_second"] * attempt["seconds"] == pytest.approx(tokens)
     assert attempt["prompt_tokens_per_second"] * attempt["seconds"] == pytest.approx(sum(range(1, 16)))
     assert output.summary["engine"]["rows_independent"] is True
+
+
+def test_answers_that_end_in_nothing_usable_stop_the_shard_where_asked_for(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(generate, "MIN_ANSWERS", 15)
+    context = make_run(tmp_path / "run", base, make_config(quality={"max_truncated": 0.01, "on_excess": "stop"}))
+    with pytest.raises(ValueError, match=r"truncated, more than quality\.max_truncated=0\.01.*quality\.on_excess=warn"):
+        generate.run(context)
+    assert len(list(context.layout.shard(0, 0).glob("part_*.parquet"))) == 4  # nothing is thrown away
+    warned = replace(context, config=make_config(quality={"max_truncated": 0.01}))
+    with caplog.at_level("WARNING", logger="spin_megatron"):
+        assert len(answers(generate.run(warned))) == 15
+    assert "quality.max_truncated=0.01" in caplog.text
+
+
+def test_a_shard_too_small_for_a_rate_is_not_judged(base: Path, tmp_path: Path) -> None:
+    context = make_run(tmp_path / "run", base, make_config(quality={"max_truncated": 0.0, "on_excess": "stop"}))
+    assert len(answers(generate.run(context))) == 15
