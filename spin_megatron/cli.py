@@ -66,6 +66,7 @@ def build_parser(called: str | None = None) -> argparse.ArgumentParser:
     status = verbs.add_parser("status", help="show what is done, running and missing")
     status.add_argument("run_dir", type=Path)
     status.add_argument("--json", action="store_true", help="for programs")
+    status.add_argument("--watch", metavar="SECONDS", type=float, nargs="?", const=5.0, help="keep it live until the run is complete")
     status.set_defaults(handler=_lazy("spin_megatron.report.status", "command"))
 
     report = verbs.add_parser("report", help="draw the run's curves as pictures below RUN_DIR/report")

@@ -13,6 +13,7 @@ iteration, or stops at the failure cap. The array index is a shard or a slot, ne
 import argparse
 import json
 import logging
+import os
 import shlex
 import shutil
 import subprocess
@@ -172,6 +173,7 @@ def submit(
     if not links:
         logger.info("the run is complete; nothing to submit")
         return []
+    _make_log_folders(layout, links)
     layout.slurm.mkdir(parents=True, exist_ok=True)
     with manifests.exclusive(layout.lock):
         active = [job for job in active_jobs(layout) if job.partition("_")[0] != own_job]
@@ -188,12 +190,24 @@ def submit(
         return _submit_links(config, layout, links)
 
 
+def _make_log_folders(layout: RunLayout, links: Sequence[Link]) -> None:
+    """A job whose log cannot be opened dies without a word, so this is found out before."""
+    for link in links:
+        folder = slurm_log_folder(layout, link)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            is_writable = os.access(folder, os.W_OK)
+        except OSError:
+            is_writable = False
+        if not is_writable:
+            raise ValueError(f"{folder} cannot be written, so no job could open its log; make it writable, then submit again.")
+
+
 def _submit_links(config: RunConfig, layout: RunLayout, links: Sequence[Link]) -> list[SubmittedJob]:
     jobs: list[SubmittedJob] = []
     record = layout.slurm_jobs(links[-1].iteration)
     earlier = read_jobs(record)
     for link in links:
-        slurm_log_folder(layout, link).mkdir(parents=True, exist_ok=True)  # sbatch fails silently without it
         words = sbatch_command(config, layout, link, after=jobs[-1].job_id if jobs else None)
         result = run_slurm(words)
         if result.returncode:

@@ -25,9 +25,10 @@ from spin_megatron.config import RunConfig
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, new_attempt
 from spin_megatron.launch.loop import changes, open_run
 from spin_megatron.launch.slurm import ADVANCE, chain, num_done, run_slurm, submit
-from spin_megatron.pipeline import STAGES, StageRef, folder_of, line, log_folder, made_in
+from spin_megatron.pipeline import STAGES, StageRef, folder_of, inputs_of, line, log_folder, made_in
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.manifest import StageIncomplete
 from spin_megatron.run.telemetry import configure_logging
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,11 @@ def supervise(config: RunConfig, layout: RunLayout, ref: StageRef, element: Elem
     if manifests.read_manifest(folder_of(layout, ref)) is not None:
         logger.info("%s is done; nothing to do", ref)
         return DONE
+    try:
+        inputs_of(config, layout, ref)
+    except StageIncomplete as error:  # not this stage's failure; the run's last link submits what is missing
+        logger.error("%s", error)
+        return INCOMPLETE
     failures = failures_in_a_row(layout, ref)
     if failures >= config.slurm.max_failures:
         logger.error("%s failed %d times in a row; not tried again. Mend the cause, then submit the run again", ref, failures)
@@ -212,9 +218,9 @@ def record_stop(layout: RunLayout, ref: StageRef) -> None:
 
 
 def _append(layout: RunLayout, event: dict[str, object]) -> None:
-    line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **event}) + "\n"
+    text = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **event}) + "\n"
     with manifests.exclusive(layout.lock), open(layout.slurm_failures, "a", encoding="utf-8") as handle:
-        handle.write(line)
+        handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
 

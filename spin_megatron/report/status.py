@@ -1,20 +1,41 @@
-"""`spin-megatron status`: stage x iteration, from the manifests alone."""
+"""`spin-megatron status`: stage x iteration, what the manifests say beside what Slurm's queue says, and why something failed.
+
+Works wherever the run directory can be read; without Slurm's programs only the queue's column is missing.
+"""
 
 import argparse
 import json
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from spin_megatron.config import RunConfig
-from spin_megatron.pipeline import STAGES, folder_of, is_running, line, log_folder, state_of
+from spin_megatron.launch.slurm import ADVANCE, SubmittedJob, active_jobs, read_jobs
+from spin_megatron.launch.supervise import failures_in_a_row, last_logged_error, read_events, stop_reason
+from spin_megatron.pipeline import STAGES, StageRef, folder_of, is_running, line, log_folder, state_of
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
 
 _COLUMNS = tuple(STAGES)
 _STYLES = {"done": "green", "running": "cyan", "ready": "yellow", "stale": "red", "waiting": "dim"}
+ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What Slurm says of the run's jobs. states: element id -> state; problem: why that is not known."""
+
+    jobs: tuple[SubmittedJob, ...] = ()
+    states: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -22,27 +43,66 @@ def command(arguments: argparse.Namespace) -> int:
     from spin_megatron.launch.loop import open_run
 
     config, layout = open_run(arguments.run_dir)
-    rows = stage_rows(config, layout)
     if arguments.json:
-        print(json.dumps({"run": config.run.name, "stages": rows}, indent=2))  # noqa: T201
+        queue = read_queue(layout)
+        answer = {
+            "run": config.run.name,
+            "stages": stage_rows(config, layout, queue),
+            "stopped": stop_reason(config, layout),
+            "queue_problem": queue.problem or None,
+        }
+        print(json.dumps(answer, indent=2))  # noqa: T201
+    elif arguments.watch is None:
+        Console().print(_view(config, layout))
     else:
-        Console().print(_table(config, rows))
+        _watch(config, layout, every_seconds=arguments.watch)
     return 0
 
 
-def stage_rows(config: RunConfig, layout: RunLayout) -> list[dict[str, Any]]:
-    """One row a stage: name, iteration, shard, state, attempts, when it finished, its summary."""
+def _watch(config: RunConfig, layout: RunLayout, *, every_seconds: float) -> None:
+    """Redraw until the run is complete or Ctrl-C."""
+    with Live(_view(config, layout), auto_refresh=False) as live:
+        try:
+            while any(read_manifest(folder_of(layout, ref)) is None for ref in line(config)):
+                time.sleep(every_seconds)
+                live.update(_view(config, layout), refresh=True)
+        except KeyboardInterrupt:
+            return
+
+
+def read_queue(layout: RunLayout) -> Queue:
+    """The run's jobs and their states; without Slurm's programs, or where they fail, the reason instead."""
+    jobs = tuple(job for path in layout.all_slurm_jobs() for job in read_jobs(path))
+    if not jobs:
+        return Queue()
+    if shutil.which("squeue") is None:
+        return Queue(jobs, problem="squeue is not on PATH here: the states of jobs are unknown")
+    try:
+        return Queue(jobs, active_jobs(layout))
+    except ValueError as error:  # a view still shows what the files say
+        return Queue(jobs, problem=str(error))
+
+
+def stage_rows(config: RunConfig, layout: RunLayout, queue: Queue | None = None) -> list[dict[str, Any]]:
+    """One row a stage: name, iteration, shard, state, jobs, attempts, last error, when it finished, its summary."""
+    queue = queue or Queue()
+    failures = {event["ref"]: event["reason"] for event in read_events(layout) if event["event"] == "failed"}
     rows = []
     for ref in line(config):
         manifest = read_manifest(folder_of(layout, ref))
         state = "running" if manifest is None and is_running(layout, ref) else state_of(config, layout, ref)
+        logs = log_folder(layout, ref)
+        error = None if manifest else failures.get(str(ref)) or last_logged_error(logs / "latest")
         rows.append(
             {
                 "stage": ref.name,
                 "iteration": ref.iteration,
                 "shard": ref.shard,
                 "state": state,
-                "attempts": sum(1 for _ in log_folder(layout, ref).glob("attempt_*")),
+                "jobs": _elements(ref, queue),
+                "attempts": sum(1 for _ in logs.glob("attempt_*")),
+                "failures_in_a_row": 0 if manifest else failures_in_a_row(layout, ref),
+                "last_error": error,
                 "finished_at": manifest.finished_at if manifest else None,
                 "summary": manifest.summary if manifest else {},
             }
@@ -50,8 +110,46 @@ def stage_rows(config: RunConfig, layout: RunLayout) -> list[dict[str, Any]]:
     return rows
 
 
+def _elements(ref: StageRef, queue: Queue) -> list[dict[str, str]]:
+    """Elements of the stage's jobs that the queue shows; when it shows none, the last job, which has ended."""
+    jobs = [job.job_id for job in queue.jobs if (job.link, job.iteration) == (ref.name, ref.iteration)]
+    found = []
+    for name, state in queue.states.items():
+        job, _, element = name.partition("_")
+        if job in jobs and ref.shard in (None, int(element) if element.isdigit() else None):
+            found.append({"id": name, "state": state})
+    if found or not jobs:
+        return found
+    return [{"id": jobs[-1] if ref.shard is None else f"{jobs[-1]}_{ref.shard}", "state": "unknown" if queue.problem else ENDED}]
+
+
+def _view(config: RunConfig, layout: RunLayout) -> Group:
+    """The table, and below it what needs a person's eye."""
+    queue = read_queue(layout)
+    rows = stage_rows(config, layout, queue)
+    notes = [Text(f"{_name(row)}: {_times(row)}, last error: {row['last_error']}", style="yellow") for row in rows if row["last_error"]]
+    ids = {job.job_id for job in queue.jobs if job.link == ADVANCE}
+    waiting = [f"{name} {state}" for name, state in queue.states.items() if name.partition("_")[0] in ids]
+    if waiting:
+        notes.append(Text(f"goes on with: {', '.join(waiting)}", style="dim"))
+    if queue.problem:
+        notes.append(Text(queue.problem, style="yellow"))
+    if (reason := stop_reason(config, layout)) is not None:
+        notes.append(Text(f"stopped: {reason}", style="bold red"))
+    return Group(_table(config, rows), *notes)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return str(StageRef(row["stage"], row["iteration"], row["shard"]))
+
+
+def _times(row: Mapping[str, Any]) -> str:
+    in_a_row = f", {row['failures_in_a_row']} failures in a row" if row["failures_in_a_row"] else ""
+    return f"{row['attempts']} attempts{in_a_row}"
+
+
 def _table(config: RunConfig, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=f"{config.run.name}: stage by iteration (export t makes theta_t)")
+    table = Table(title=escape(f"{config.run.name}: stage by iteration (export t makes theta_t)"), show_lines=True)
     table.add_column("iteration")
     for stage in _COLUMNS:
         table.add_column(stage)
@@ -62,12 +160,22 @@ def _table(config: RunConfig, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _cell(rows: Sequence[dict[str, Any]]) -> str:
+    """State, attempts if there was more than one, and the jobs that are not over (or the one that made it)."""
     if not rows:
         return ""
-    if len(rows) == 1:
-        state = rows[0]["state"]
-        return f"[{_STYLES[state]}]{state}[/]"
-    done = sum(row["state"] == "done" for row in rows)
     states = {row["state"] for row in rows}
     shown = next(state for state in ("stale", "running", "ready", "waiting", "done") if state in states)
-    return f"[{_STYLES[shown]}]{done} of {len(rows)} done[/]"
+    done = sum(row["state"] == "done" for row in rows)
+    lines = [f"[{_STYLES[shown]}]{shown if len(rows) == 1 else f'{done} of {len(rows)} done'}[/]"]
+    attempts = sum(row["attempts"] for row in rows)
+    if attempts > len(rows):
+        lines.append(f"{attempts} attempts")
+    jobs = {job["id"]: job["state"] for row in rows for job in row["jobs"]}
+    live = {name: state for name, state in jobs.items() if state not in (ENDED, "unknown")}
+    if live:
+        lines += [escape(f"{name} {state}") for name, state in list(live.items())[:4]]
+        if len(live) > 4:
+            lines.append(f"and {len(live) - 4} more")
+    elif jobs:
+        lines.append(escape(f"job {list(jobs)[-1].partition('_')[0]}"))
+    return "\n".join(lines)
