@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from spin_megatron.config import RunConfig
 from spin_megatron.run.layout import RunLayout
@@ -34,6 +35,15 @@ def print_line(config: RunConfig) -> None:
     console = Console()
     console.print(table)
     console.print("The config is valid. Each iteration runs: build-engine, generate, merge, train, export, evaluate.")
+
+
+def print_example(prompt: str, answer: str) -> None:
+    """Print how the first example of the data is rendered, special tokens included."""
+    table = Table(title="the first example, as the model sees it", show_lines=True)
+    table.add_column("prompt x")
+    table.add_column("human answer y")
+    table.add_row(Text(prompt), Text(answer))
+    Console().print(table)
 
 
 def evaluations(config: RunConfig, layout: RunLayout) -> dict[int, dict[str, Any]]:

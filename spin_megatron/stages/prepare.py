@@ -10,8 +10,10 @@ report.json, which accounts for every row of the source:
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
+from spin_megatron.config import RunConfig
 from spin_megatron.data.leaks import length_statistics
 from spin_megatron.data.render import Limits, Remark, Rendered, Renderer
 from spin_megatron.data.selection import CleanExamples, Selection, clean, in_split_order, select
@@ -55,6 +57,36 @@ def run(context: StageContext) -> StageOutput:
     logger.info("%s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
     files = {layout.prompts: len(selection.train), layout.held_out: len(selection.held_out), layout.data_report: None}
     return StageOutput(files=files, summary=counts)
+
+
+def preview(config: RunConfig) -> tuple[str, str]:
+    """Prompt and human answer of the source's first usable example, as text, by a local base model's own template.
+
+    Raises:
+        ValueError: a row breaks, the tokenizer has no chat template, or none of the first rows can be used.
+    """
+    data, folder = config.data, Path(config.model.path)
+    examples = load_examples(
+        data.source,
+        split=data.split,
+        subset=data.subset,
+        revision=data.revision,
+        row_format=data.format,
+        columns=data.columns.model_dump(exclude_none=True),
+        turns=data.turns,
+        limit=_BATCH_EXAMPLES,
+    )
+    renderer = Renderer(folder, eos_ids=eos_token_ids(folder), system=data.system)
+    limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.over_long)
+    outcomes = renderer.render(clean(examples, deduplicate=data.deduplicate).examples, limits)
+    for outcome in outcomes:
+        if outcome.row is not None:
+            return renderer.decode(outcome.row.prompt_ids), renderer.decode(outcome.row.real_ids)
+    remarks = sorted({remark for outcome in outcomes for remark in outcome.remarks})
+    raise ValueError(
+        f"none of the first {len(examples)} rows of data.source={data.source} can be used ({', '.join(remarks) or 'all are empty'}); raise "
+        "data.max_prompt_tokens and data.max_response_tokens, or look at the rows."
+    )
 
 
 def _render(renderer: Renderer, examples: Sequence[SftExample], limits: Limits, *, total: int, show: bool) -> Iterator[Rendered]:
