@@ -120,6 +120,18 @@ def test_the_device_is_an_argument_outside_the_modules_that_know_cuda() -> None:
     assert not offenders, report(offenders)
 
 
+def test_an_accelerator_is_asked_whether_it_is_there() -> None:
+    # A CUDA build of torch names "cuda" as its accelerator on a machine without a GPU, too, unless it is told to look.
+    offenders = []
+    for source in all_sources():
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Call) and dotted_name(node.func) == "torch.accelerator.current_accelerator":
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if given.get("check_available") != "True":
+                    offenders.append(f"{source.at(node)}: pass check_available=True")
+    assert not offenders, report(offenders)
+
+
 def test_the_environment_is_read_only_where_processes_start() -> None:
     readers = ("os.environ", "os.environb", "os.getenv", "os.putenv")
     offenders = []
