@@ -117,8 +117,8 @@ def supervise(config: RunConfig, layout: RunLayout, ref: StageRef, element: Elem
     if code in (BAD_INPUT, INCOMPLETE):
         record_failure(layout, ref, element, f"exit code {code}: {last_error(step.logs)}")
         return code
-    if step.was_asked_to_stop or code == STOPPED:
-        logger.info("%s saved its state; requeueing %s", ref, element.name)
+    if step.was_asked_to_stop or code == STOPPED or _is_preempted(element):
+        logger.info("%s was stopped from outside; requeueing %s", ref, element.name)
         record_stop(layout, ref)
         return _requeue(element)
     record_failure(layout, ref, element, step.hung or f"exit code {code}: {last_error(step.logs)}")
@@ -194,6 +194,13 @@ def _first_host() -> str:
     if not hosts:
         raise ValueError(f"scontrol named no host of {os.environ['SLURM_JOB_NODELIST']!r}: {result.stderr.strip()}")
     return hosts[0]
+
+
+def _is_preempted(element: Element) -> bool:
+    """Whether Slurm is taking the nodes away: it ends the step first, and this process a grace time later."""
+    result = run_slurm(["scontrol", "--oneliner", "show", "job", element.job_id])
+    facts = dict(word.partition("=")[::2] for word in result.stdout.split())
+    return facts.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
 
 
 def _requeue(element: Element) -> int:

@@ -1,0 +1,92 @@
+"""What `status` says of a run's jobs, from files alone and from a queue; no Slurm is needed."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from spin_megatron.config import RunConfig
+from spin_megatron.launch.slurm import SubmittedJob
+from spin_megatron.launch.supervise import last_logged_error, stop_reason
+from spin_megatron.pipeline import StageRef, line, log_folder
+from spin_megatron.report import status
+from spin_megatron.report.status import Queue, stage_rows
+from spin_megatron.run.layout import RunLayout
+from tests.slurm.test_commands import finish, make_config
+
+
+def row_of(rows: list[dict], stage: str, shard: int | None = None) -> dict:
+    return next(row for row in rows if (row["stage"], row["shard"], row["iteration"]) == (stage, shard, 0))
+
+
+def some_run(root: Path) -> tuple[RunConfig, RunLayout]:
+    """Three shards of which the second is done, with one attempt of the first that failed."""
+    config, layout = make_config(), RunLayout(root)
+    done = [StageRef("export", 0), StageRef("prepare"), StageRef("build-engine", 0), StageRef("generate", 0, 1)]
+    finish(layout, *done, config=config)
+    attempt = log_folder(layout, StageRef("generate", 0, 0)) / "attempt_1"
+    attempt.mkdir(parents=True)
+    log = "2026-01-01 10:00:00,000 INFO spin_megatron: began\n2026-01-01 10:00:01,000 ERROR spin_megatron: failed\n"
+    traceback = 'Traceback (most recent call last):\n  File "x.py", line 1, in run\nMemoryError: no room for 4 GB\n'
+    (attempt / "rank_0_n1.log").write_text(log + traceback, encoding="utf-8")
+    attempt.with_name("latest").symlink_to(attempt.name)
+    return config, layout
+
+
+def fail(layout: RunLayout, ref: str, reason: str) -> None:
+    layout.slurm.mkdir(exist_ok=True)
+    with open(layout.slurm_failures, "a", encoding="utf-8") as events:
+        events.write(json.dumps({"event": "failed", "ref": ref, "reason": reason}) + "\n")
+
+
+def test_the_queue_stands_beside_the_manifests(tmp_path: Path) -> None:
+    config, layout = some_run(tmp_path)
+    jobs = (SubmittedJob("7", "generate", 0, "0,2%8"), SubmittedJob("8", "merge", 0, "0-0"), SubmittedJob("3", "prepare", 0, "0-0"))
+    queue = Queue(jobs, {"7_0": "RUNNING", "7_2": "PENDING", "8_0": "PENDING"})
+    rows = stage_rows(config, layout, queue)
+    assert row_of(rows, "generate", 0)["jobs"] == [{"id": "7_0", "state": "RUNNING"}]
+    assert row_of(rows, "generate", 2)["jobs"] == [{"id": "7_2", "state": "PENDING"}]
+    assert row_of(rows, "merge")["jobs"] == [{"id": "8_0", "state": "PENDING"}]
+    assert row_of(rows, "prepare")["jobs"] == [{"id": "3", "state": "ended"}]
+    assert row_of(rows, "train")["jobs"] == []
+
+
+def test_without_a_queue_the_states_are_unknown_and_the_files_still_speak(tmp_path: Path) -> None:
+    config, layout = some_run(tmp_path)
+    queue = Queue((SubmittedJob("7", "generate", 0, "0,2%8"),), problem="squeue is not on PATH here")
+    row = row_of(stage_rows(config, layout, queue), "generate", 0)
+    assert row["jobs"] == [{"id": "7_0", "state": "unknown"}]
+    assert (row["state"], row["attempts"], row["last_error"]) == ("ready", 1, "MemoryError: no room for 4 GB")
+
+
+def test_the_exception_below_an_error_line_is_the_error(tmp_path: Path) -> None:
+    _, layout = some_run(tmp_path)
+    assert last_logged_error(log_folder(layout, StageRef("generate", 0, 0)) / "latest") == "MemoryError: no room for 4 GB"
+    assert last_logged_error(tmp_path / "nothing there") is None
+
+
+def test_a_run_at_its_failure_cap_says_which_stage_and_why(tmp_path: Path) -> None:
+    config, layout = some_run(tmp_path)
+    fail(layout, "generate 0 shard 0", "no room")
+    fail(layout, "generate 0 shard 0", "no room")
+    assert stop_reason(config, layout) is None
+    fail(layout, "generate 0 shard 0", "no room for 4 GB")
+    reason = stop_reason(config, layout)
+    assert reason is not None
+    assert reason.startswith("generate 0 shard 0 failed 3 times in a row, last: no room for 4 GB; mend the cause")
+
+
+def test_the_view_holds_job_ids_errors_and_the_reason_of_a_stop(tmp_path: Path) -> None:
+    config, layout = some_run(tmp_path)
+    for _ in range(3):
+        fail(layout, "generate 0 shard 0", "no [bold]room[/bold]")
+    layout.iteration(0).mkdir(exist_ok=True)
+    layout.slurm_jobs(0).write_text(json.dumps([{"job_id": "7", "link": "generate", "iteration": 0, "array": "0,2%8"}]), encoding="utf-8")
+    console = Console(width=200, record=True)
+    console.print(status._view(config, layout))
+    text = " ".join(console.export_text().split())
+    assert "1 of 3 done" in text
+    assert "job 7" in text
+    assert "generate 0 shard 0: 1 attempts, 3 failures in a row, last error: no [bold]room[/bold]" in text
+    assert "stopped: generate 0 shard 0 failed 3 times in a row" in text
+    assert len(line(config)) == len(stage_rows(config, layout))
