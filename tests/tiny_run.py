@@ -96,6 +96,6 @@ def make_tiny_run(folder: Path) -> Path:
     return config
 
 
-def spin_megatron(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def spin_megatron(*arguments: str | Path, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end; output is captured."""
     return subprocess.run([*SPIN_MEGATRON, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False)
