@@ -17,6 +17,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ ADVANCE = "advance"
 # The one file a cluster owner edits, the batch body, and the way in; copied into the run directory at submission.
 SCRIPTS = ("env.sh", "stage.sh", "spin_iter.sh")
 DEFAULT_SCRIPTS = Path(__file__).resolve().parents[2].joinpath("slurm")  # of the project, not of a run
+
+QUESTION_TRIES, QUESTION_PAUSE_SECONDS = 3, 5.0
 
 
 @dataclass(frozen=True)
@@ -260,10 +263,16 @@ def active_jobs(layout: RunLayout) -> Mapping[str, str]:
 
 
 def run_slurm(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's programs; ValueError where it is not installed."""
+    """Run one of Slurm's programs; ValueError where it is not installed. A question is asked again: a busy controller times out."""
     if shutil.which(words[0]) is None:
         raise ValueError(f"{words[0]} is not on PATH; run this on a login node of the cluster, or use `spin-megatron run` on one machine.")
-    return subprocess.run(list(words), capture_output=True, text=True, timeout=120, check=False)
+    is_question = words[0] == "squeue" or list(words[:2]) == ["scontrol", "show"]
+    for tries_left in reversed(range(QUESTION_TRIES if is_question else 1)):
+        result = subprocess.run(list(words), capture_output=True, text=True, timeout=120, check=False)
+        if result.returncode == 0 or tries_left == 0:
+            break
+        time.sleep(QUESTION_PAUSE_SECONDS)
+    return result
 
 
 def _copy_scripts(source: Path, destination: Path) -> None:

@@ -198,7 +198,7 @@ def _first_host() -> str:
 
 def _is_preempted(element: Element) -> bool:
     """Whether Slurm is taking the nodes away: it ends the step first, and this process a grace time later."""
-    result = run_slurm(["scontrol", "--oneliner", "show", "job", element.job_id])
+    result = run_slurm(["scontrol", "show", "job", element.job_id])
     facts = dict(word.partition("=")[::2] for word in result.stdout.split())
     return facts.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
 
@@ -216,7 +216,8 @@ def _requeue(element: Element) -> int:
 def record_failure(layout: RunLayout, ref: StageRef, element: Element, reason: str) -> None:
     """Keep a failed try on disk, for the cap and for `status`."""
     logger.error("%s failed: %s", ref, reason)
-    _append(layout, {"event": "failed", "ref": str(ref), "job": element.name, "restart": element.restart, "reason": reason})
+    event = {"event": "failed", "ref": str(ref), "job": element.name, "restart": element.restart, "reason": reason}
+    _append(layout, {**event, "progress": progress_of(layout, ref)})
 
 
 def record_stop(layout: RunLayout, ref: StageRef) -> None:
@@ -232,14 +233,24 @@ def _append(layout: RunLayout, event: dict[str, object]) -> None:
         os.fsync(handle.fileno())
 
 
+def progress_of(layout: RunLayout, ref: StageRef) -> str:
+    """What a stage that resumes has kept so far (parts, checkpoints), as a digest; it changes only when the stage got further."""
+    if not STAGES[ref.name].resumes:
+        return ""
+    folder = folder_of(layout, ref)
+    kept = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if not path.name.startswith(".")]
+    return manifests.digest_values(sorted(str(path.relative_to(folder)) for path in kept))
+
+
 def failures_in_a_row(layout: RunLayout, ref: StageRef) -> int:
-    """How often a stage failed since its last planned stop, or since a person last submitted the run."""
-    count = 0
+    """How often a stage failed without getting any further, since its last planned stop or the last submission by a person."""
+    count, progress = 0, None
     for event in read_events(layout):
         if event["event"] == "submitted" or (event["event"] == "stopped" and event["ref"] == str(ref)):
             count = 0
         elif event["event"] == "failed" and event["ref"] == str(ref):
-            count += 1
+            count = count + 1 if event.get("progress") == progress else 1
+            progress = event.get("progress")
     return count
 
 

@@ -65,8 +65,12 @@ class ClusterRun:
         assert len(self.job_ids()) > before, log.read_text(encoding="utf-8")
 
     def slurm(self, *words: str, cwd: Path | None = None) -> str:
-        """Run one of Slurm's programs, which must succeed."""
-        result = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=cwd, check=False)
+        """Run one of Slurm's programs, which must succeed; a question is asked again, as a loaded controller may not answer."""
+        for _ in range(5 if words[0] == "squeue" or "show" in words else 1):
+            result = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=cwd, check=False)
+            if result.returncode == 0:
+                break
+            time.sleep(1)
         assert result.returncode == 0, f"{words}: {result.stderr}"
         return result.stdout
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.slurm import SubmittedJob
-from spin_megatron.launch.supervise import last_logged_error, stop_reason
+from spin_megatron.launch.supervise import failures_in_a_row, last_logged_error, progress_of, stop_reason
 from spin_megatron.pipeline import StageRef, line, log_folder
 from spin_megatron.report import status
 from spin_megatron.report.status import Queue, stage_rows
@@ -33,10 +33,10 @@ def some_run(root: Path) -> tuple[RunConfig, RunLayout]:
     return config, layout
 
 
-def fail(layout: RunLayout, ref: str, reason: str) -> None:
+def fail(layout: RunLayout, ref: str, reason: str, progress: str = "") -> None:
     layout.slurm.mkdir(exist_ok=True)
     with open(layout.slurm_failures, "a", encoding="utf-8") as events:
-        events.write(json.dumps({"event": "failed", "ref": ref, "reason": reason}) + "\n")
+        events.write(json.dumps({"event": "failed", "ref": ref, "reason": reason, "progress": progress}) + "\n")
 
 
 def test_the_queue_stands_beside_the_manifests(tmp_path: Path) -> None:
@@ -74,6 +74,19 @@ def test_a_run_at_its_failure_cap_says_which_stage_and_why(tmp_path: Path) -> No
     reason = stop_reason(config, layout)
     assert reason is not None
     assert reason.startswith("generate 0 shard 0 failed 3 times in a row, last: no room for 4 GB; mend the cause")
+
+
+def test_failures_between_which_a_stage_got_further_are_not_in_a_row(tmp_path: Path) -> None:
+    _, layout = some_run(tmp_path)
+    ref = StageRef("generate", 0, 0)
+    layout.shard(0, 0).mkdir(parents=True)
+    for part in range(4):
+        fail(layout, str(ref), "its node died", progress_of(layout, ref))
+        assert failures_in_a_row(layout, ref) == 1
+        layout.part(0, 0, part).touch()
+    fail(layout, str(ref), "its node died", progress_of(layout, ref))
+    fail(layout, str(ref), "its node died", progress_of(layout, ref))
+    assert failures_in_a_row(layout, ref) == 2
 
 
 def test_the_view_holds_job_ids_errors_and_the_reason_of_a_stop(tmp_path: Path) -> None:
