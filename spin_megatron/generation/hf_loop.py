@@ -85,7 +85,7 @@ def _device(spec: EngineSpec) -> torch.device:
     name = spec.options.get("device", "auto")
     if name != "auto":
         return torch.device(name)
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 @dataclass
