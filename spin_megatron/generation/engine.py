@@ -1,12 +1,12 @@
 """What every generation engine is: prompts of token ids with a seed each in, responses of token ids with a finish reason out.
 
-A provider is a module with two functions, `build` and `load`; one line of PROVIDERS makes it known. Nothing here imports
-torch or an engine: a provider's module is imported when its name is asked for.
+A provider is two functions, `build` and `load`; one line of PROVIDERS makes it known. Nothing here imports torch or an
+engine: a provider's module is imported when its name is asked for.
 
-    build(spec, folder) -> facts    make what the engine loads from theta_t; an engine without a build step makes nothing
-    load(spec, folder)  -> Engine   open it in this process
+    build(spec, folder) -> facts          make what the engine loads from theta_t; an engine without a build step makes nothing
+    load(spec, folder, work) -> Engine    open it; `work` is a folder of the shard's own for what it keeps while it runs
 
-An engine owns no files of a run, knows no shards and draws nothing that does not follow from a prompt's seed.
+An engine knows no shards and draws nothing that does not follow from a prompt's seed.
 """
 
 import importlib
@@ -19,8 +19,10 @@ from typing import Any, Protocol
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.records import GeneratedRow, TokenIds
 
+# name in [generate] engine -> module:object
 PROVIDERS: dict[str, str] = {
-    "builtin": "spin_megatron.generation.hf_loop",
+    "builtin": "spin_megatron.generation.hf_loop:PROVIDER",
+    "onnxruntime-genai": "spin_megatron.generation.onnx:PROVIDER",
 }
 
 
@@ -98,11 +100,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Provider:
-    """The two functions of a provider's module."""
+    """How an engine is built and loaded; see the module's docstring."""
 
-    name: str
     build: Callable[[EngineSpec, Path], dict[str, Any]]
-    load: Callable[[EngineSpec, Path], Engine]
+    load: Callable[[EngineSpec, Path, Path], Engine]
 
 
 def provider(name: str) -> Provider:
@@ -113,8 +114,21 @@ def provider(name: str) -> Provider:
     """
     if name not in PROVIDERS:
         raise ValueError(f"generate.engine={name!r} (config.toml [generate]) is no engine; use one of: {', '.join(PROVIDERS)}.")
-    module = importlib.import_module(PROVIDERS[name])
-    return Provider(name, module.build, module.load)
+    module, _, attribute = PROVIDERS[name].partition(":")
+    found: Provider = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def check_options(spec: EngineSpec, engine: str, *, known: Collection[str]) -> None:
+    """Refuse options the engine does not have.
+
+    Raises:
+        ValueError: naming them and those there are.
+    """
+    unknown = sorted(set(spec.options) - set(known))
+    if unknown:
+        has = ", ".join(sorted(known)) or "none"
+        raise ValueError(f"{unknown} (config.toml [generate.options]) are no options of engine {engine!r}, which has: {has}.")
 
 
 def eos_token_ids(model: Path) -> tuple[int, ...]:

@@ -26,25 +26,25 @@ import torch
 from torch import Tensor
 
 from spin_megatron.generation.decoder import Decoder
-from spin_megatron.generation.engine import EngineSpec, Prompt, Sampling, check_prompts
+from spin_megatron.generation.engine import EngineSpec, Prompt, Provider, Sampling, check_options, check_prompts
 from spin_megatron.generation.sampling import draw_tokens, row_uniforms
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.records import FinishReason, GeneratedRow
 
 logger = logging.getLogger(__name__)
 
+NAME = "builtin"
 _SMALLEST_WIDTH = 8
 _CHECK_STEPS = 4
-_OPTIONS = ("device",)
 
 
 def build(spec: EngineSpec, _folder: Path) -> dict[str, Any]:
     """Nothing is built: the loop runs theta_t's weights as they are. Checks that it can, and says what will run."""
     ModelShape.from_huggingface(spec.model)
-    return {"engine": "builtin", "model": str(spec.model), "torch": torch.__version__, "device": str(_device(spec)), "needs_build": False}
+    return {"engine": NAME, "model": str(spec.model), "torch": torch.__version__, "device": str(_device(spec)), "needs_build": False}
 
 
-def load(spec: EngineSpec, _folder: Path) -> "HfLoop":
+def load(spec: EngineSpec, _folder: Path, _work: Path) -> "HfLoop":
     """Read theta_t with transformers and find the widths at which its rows are independent.
 
     Raises:
@@ -79,9 +79,7 @@ def _no_weight_bar() -> Iterator[None]:
 
 
 def _device(spec: EngineSpec) -> torch.device:
-    unknown = sorted(set(spec.options) - set(_OPTIONS))
-    if unknown:
-        raise ValueError(f"generate.options {unknown} (config.toml [generate.options]) are none of engine 'builtin', which has: device.")
+    check_options(spec, NAME, known=("device",))
     name = spec.options.get("device", "auto")
     if name != "auto":
         return torch.device(name)
@@ -196,7 +194,7 @@ class HfLoop:
     def describe(self) -> dict[str, Any]:
         """What ran, on what, and whether rows are independent bit for bit."""
         return {
-            "engine": "builtin",
+            "engine": NAME,
             "device": str(self._device),
             "threads": torch.get_num_threads(),
             "dtype": self._spec.dtype,
@@ -213,3 +211,6 @@ def _finish_reason(row: _Row, sampling: Sampling) -> FinishReason | None:
     if row.tokens[-1] in sampling.eos_ids:
         return "stop"
     return "length" if len(row.tokens) >= sampling.max_new_tokens else None
+
+
+PROVIDER = Provider(build, load)

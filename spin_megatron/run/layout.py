@@ -98,6 +98,10 @@ class RunLayout:
         """What the part files of an unfinished shard were made from; parts of something else are not continued."""
         return self.shard(iteration, shard) / "identity.json"
 
+    def shard_work(self, iteration: int, shard: int) -> Path:
+        """What an engine keeps while it answers a shard; gone when the shard is done."""
+        return self.shard(iteration, shard) / "work"
+
     def part(self, iteration: int, shard: int, number: int) -> Path:
         return self.shard(iteration, shard) / f"part_{number:05d}.parquet"
 

@@ -6,6 +6,7 @@ the shard, nor the part, nor an interruption changes an answer.
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -65,11 +66,13 @@ def run(context: StageContext) -> StageOutput:
     attempt: dict[str, Any] = {}
     if missing:
         generate = context.config.generate
-        spec = engine_spec(context)
-        with closing(provider(generate.engine).load(spec, layout.engine(context.iteration))) as engine:
+        spec, load = engine_spec(context), provider(generate.engine).load
+        work = layout.shard_work(context.iteration, shard)
+        with closing(load(spec, layout.engine(context.iteration), work)) as engine:
             attempt = _answer(engine, missing, sampling, context, num_done=sum(map(len, finished.values())))
     if attempt.pop("stopped", False):
         return StageOutput(files={}, stopped=True)
+    shutil.rmtree(layout.shard_work(context.iteration, shard), ignore_errors=True)
     rows = [row for part in parts for row in read_part(part)]
     quality = _judge(rows, sampling, context)
     files: dict[Path, int | None] = {identity_path: None} | {part.path: len(part.prompts) for part in parts}
@@ -130,6 +133,7 @@ def _remove_leftovers(layout: RunLayout, iteration: int, shard: int) -> None:
         logger.warning("%d part files of an unfinished attempt with another engine, sampling or prompts are dropped", len(leftovers))
     for path in leftovers:
         path.unlink()
+    shutil.rmtree(layout.shard_work(iteration, shard), ignore_errors=True)
 
 
 def read_part(part: Part) -> list[GeneratedRow]:

@@ -17,7 +17,18 @@ from tests.rules.sources import REPOSITORY, imports, package_sources, report, te
 LEFT_OVERS = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK")) + r")\b")
 MACHINE = re.compile("|".join(("/wo" + "rk/", "/ro" + "ot/", "/opt/" + "pypi", "python" + "hosted", "pypi" + r"\.org")))
 # Imported where they are installed: extras, another interpreter's packages, or alternatives that are built from source.
-OPTIONAL = {"transformer_engine", "transformer_engine_torch", "apex", "amp_C", "flash_attn", "lm_eval", "tensorrt_llm", "triton", "vllm"}
+OPTIONAL = {
+    "transformer_engine",
+    "transformer_engine_torch",
+    "apex",
+    "amp_C",
+    "flash_attn",
+    "lm_eval",
+    "onnxruntime_genai",
+    "tensorrt_llm",
+    "triton",
+    "vllm",
+}
 PYTHON_VERSIONS = ("3.11", "3.12", "3.13")
 
 

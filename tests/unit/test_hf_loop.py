@@ -33,7 +33,7 @@ def make_prompts(count: int = 21) -> list[Prompt]:
 
 
 def load(folder: Path, *, batch_size: int, dtype: str = "float32") -> HfLoop:
-    return hf_loop.load(EngineSpec(folder, dtype, batch_size, max_prompt_tokens=32, max_new_tokens=16), folder)
+    return hf_loop.load(EngineSpec(folder, dtype, batch_size, max_prompt_tokens=32, max_new_tokens=16), folder, folder)
 
 
 def answers_and_logits(

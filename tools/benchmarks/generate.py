@@ -101,7 +101,7 @@ def up_to_eos(tokens: Sequence[int], eos_ids: Sequence[int]) -> tuple[int, ...]:
 
 def our_side(folder: Path, options: argparse.Namespace, eos_ids: Sequence[int]) -> Callable[[list[Prompt], float], Tokens]:
     """The built-in engine."""
-    engine = hf_loop.load(EngineSpec(folder, options.dtype, options.batch, options.prompt_tokens[1], options.new_tokens), folder)
+    engine = hf_loop.load(EngineSpec(folder, options.dtype, options.batch, options.prompt_tokens[1], options.new_tokens), folder, folder)
     print(f"ours: {engine.describe()}", file=sys.stderr)
 
     def answer(prompts: list[Prompt], temperature: float) -> Tokens:
