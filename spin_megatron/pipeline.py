@@ -26,6 +26,7 @@ State = Literal["done", "stale", "ready", "waiting"]
 
 # Ten missed touches of a lock (run/lock.py): a file server may be slow for a while.
 LOCK_STALE_SECONDS = 60.0
+MANIFEST_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,8 @@ def require_current(config: RunConfig, layout: RunLayout, ref: StageRef, manifes
         ValueError: a file that its manifest vouches for is missing or changed in size.
     """
     settings, inputs = settings_of(config, ref), inputs_of(config, layout, ref)
-    redo = f"spin-megatron run {str(layout.root)!r} --redo {ref.name}:{ref.iteration}"
+    shard = "" if ref.shard is None else f":{ref.shard}"
+    redo = f"spin-megatron run {str(layout.root)!r} --redo {ref.name}:{ref.iteration}{shard}"
     if manifest.key != manifests.stage_key(ref.name, settings, inputs):
         lines = "\n  ".join(manifests.difference(manifest, settings, inputs))
         advice = f"Restore them, or move it and what follows aside with: {redo}"
@@ -250,7 +252,12 @@ def execute(
     module = importlib.import_module(f"spin_megatron.stages.{STAGES[ref.name].module}")
     context = StageContext(config, layout, ref.iteration, ref.shard, show=rank == 0, stop_requested=stop_requested)
     if rank != 0:
-        return not module.run(context).stopped
+        if module.run(context).stopped:
+            return False
+        # srun ends a step a minute after its first rank left, and rank 0 may hash 140 GB before the manifest is there.
+        while manifests.read_manifest(folder) is None:
+            time.sleep(MANIFEST_POLL_SECONDS)
+        return True
     holder = owner or Owner.this_process()
     with held(_lock(layout, ref), holder, what=str(ref), stale_seconds=LOCK_STALE_SECONDS, wait_seconds=wait_seconds):
         if manifests.read_manifest(folder) is not None:  # another owner finished it while this one waited
@@ -287,6 +294,11 @@ def redo(config: RunConfig, layout: RunLayout, chosen: StageRef) -> list[StageRe
         same = (ref.name, ref.iteration) == (chosen.name, chosen.iteration) and chosen.shard in (None, ref.shard)
         if same or any(need in moved for need in STAGES[ref.name].needs(config, ref.iteration)):
             moved.append(ref)
+    if not moved:
+        raise ValueError(f"--redo: this run has no stage {chosen}; its stages are {', '.join(map(str, line(config)))}.")
+    running = [str(ref) for ref in moved if is_running(layout, ref)]
+    if running:
+        raise StageIncomplete(f"--redo {chosen} would move {', '.join(running)} aside while it runs; stop it first, then run this again.")
     aside = layout.redone(time.strftime("%Y%m%d-%H%M%S"))
     for ref in moved:
         folder = folder_of(layout, ref)

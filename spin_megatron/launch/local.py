@@ -5,6 +5,7 @@ others down after a grace period. SIGTERM and SIGINT are passed on, so that a st
 """
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -16,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-DONE, BAD_INPUT, INCOMPLETE, STOPPED = 0, 2, 3, 75
+DONE, FAILED, BAD_INPUT, INCOMPLETE, STOPPED = 0, 1, 2, 3, 75
+logger = logging.getLogger(__name__)
+
 GRACE_SECONDS = 20.0
 POLL_SECONDS = 0.05
 PROGRAM = (sys.executable, "-m", "spin_megatron.cli")
@@ -152,6 +155,9 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
         time.sleep(POLL_SECONDS)
     if first_failure is None:
         first_failure = next((code for code in codes if code), DONE)
+    if first_failure < 0:
+        logger.error("a rank was killed by signal %d%s", -first_failure, " (out of memory?)" if first_failure == -signal.SIGKILL else "")
+        first_failure = STOPPED if first_failure in (-signal.SIGTERM, -signal.SIGINT) else FAILED
     # A rank that is killed while another explains a bad input is not the reason.
     explained = [code for code in codes if code in (BAD_INPUT, INCOMPLETE)]
     return explained[0] if explained else first_failure

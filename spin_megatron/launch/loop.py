@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spin_megatron.config import RunConfig, StageName, apply_override, flat_settings, load_config, validate_config
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
-from spin_megatron.pipeline import STAGES, StageRef, folder_of, line, log_folder, redo, require_current
+from spin_megatron.pipeline import STAGES, StageRef, folder_of, line, log_folder, made_in, redo, require_current
 from spin_megatron.plan.command import check_config_fits
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run import manifest as manifests
@@ -122,6 +122,8 @@ def _run_group(launcher: Launcher, config: RunConfig, layout: RunLayout, group: 
 
 def launch_stage(launcher: Launcher, config: RunConfig, layout: RunLayout, ref: StageRef) -> int:
     """Start the ranks of one stage on this machine and wait for them."""
+    # A Slurm job that died between its notice and its end leaves one behind.
+    layout.stop_file(ref.name, made_in(ref), ref.shard).unlink(missing_ok=True)
     shard = [] if ref.shard is None else ["--shard", str(ref.shard)]
     options = [option for change in changes(config, layout) for option in ("--set", change)]
     return launcher.launch(

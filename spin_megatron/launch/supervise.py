@@ -62,6 +62,8 @@ class Element:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the link this job is for."""
+    # Until a step runs, Slurm's notice has nothing to save; its default action would end this process without a word.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     run_dir, link, iteration = sys.argv[1:] if argv is None else argv
     configure_logging(None)
     layout = RunLayout(Path(run_dir))
@@ -117,7 +119,7 @@ def supervise(config: RunConfig, layout: RunLayout, ref: StageRef, element: Elem
     if code in (BAD_INPUT, INCOMPLETE):
         record_failure(layout, ref, element, f"exit code {code}: {last_error(step.logs)}")
         return code
-    if step.was_asked_to_stop or code == STOPPED or _is_preempted(element):
+    if not step.hung and (step.was_asked_to_stop or code == STOPPED or _is_preempted(element)):
         logger.info("%s was stopped from outside; requeueing %s", ref, element.name)
         record_stop(layout, ref)
         return _requeue(element)
@@ -136,6 +138,8 @@ class _Step:
         self.was_asked_to_stop = False
         self.hung = ""
         self._hang_seconds = config.slurm.hang_seconds
+        # Stages that start over take their time in one piece (an export of 140 GB, a benchmark); Slurm's time limit ends those.
+        self._beats = STAGES[ref.name].resumes
         self._stop_file, self._heartbeat = layout.stop_file(*names), layout.heartbeat(*names)
         self.logs = new_attempt(log_folder(layout, ref))
         self._words = srun_command(config, layout, ref, self.logs)
@@ -162,6 +166,8 @@ class _Step:
         self._stop_file.touch()
 
     def _watch(self, process: "subprocess.Popen[bytes]") -> None:
+        if not self._beats:
+            return
         silent_seconds = time.time() - self._heartbeat.stat().st_mtime
         if silent_seconds < self._hang_seconds:
             return

@@ -8,6 +8,7 @@ that names its owner and is touched while the owner lives. It is stale when
 - it was not touched for `stale_seconds`.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -58,8 +59,11 @@ def read_owner(path: Path) -> Owner | None:
 def is_held(path: Path, *, stale_seconds: float, by: Owner | None = None) -> bool:
     """Whether a living owner holds the lock; `by` is who asks."""
     owner = read_owner(path)
-    if owner is None:
-        return False
+    return owner is not None and _lives(owner, path, stale_seconds=stale_seconds, by=by)
+
+
+def _lives(owner: Owner, path: Path, *, stale_seconds: float, by: Owner | None) -> bool:
+    """Whether the owner that a lock file named is alive, as far as can be told from here."""
     if owner.host == socket.gethostname():
         return _start_time(owner.pid) == owner.pid_started != ""
     if by is not None and owner.job is not None and owner.job == by.job and by.restart > owner.restart:
@@ -105,15 +109,18 @@ def _take(path: Path, owner: Owner, stale_seconds: float) -> bool:
     """Try once: make the lock file, removing a stale one first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{owner.token}")
-    if path.exists() and not is_held(path, stale_seconds=stale_seconds, by=owner):
-        # Of several that find the same stale lock one renames it away; a lock newly made meanwhile is put back.
-        seen = read_owner(path)
+    seen = read_owner(path)
+    if path.exists() and (seen is None or not _lives(seen, path, stale_seconds=stale_seconds, by=owner)):
+        # Of several that judged the same owner dead one renames its lock away; a lock newly made meanwhile is put back,
+        # by a link, which gives way to a still newer one.
         try:
             os.rename(path, aside)
         except FileNotFoundError:
             return False
         if read_owner(aside) != seen:
-            os.rename(aside, path)
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+            aside.unlink()
             return False
     aside.write_text(json.dumps(asdict(owner)), encoding="utf-8")
     try:

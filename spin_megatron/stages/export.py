@@ -13,7 +13,7 @@ from typing import Any
 from spin_megatron.convert.hf_io import HfFolder, check_tensors, model_card
 from spin_megatron.convert.torch_dist import torch_dist_to_hf
 from spin_megatron.plan.shape import ModelShape
-from spin_megatron.run.manifest import write_text
+from spin_megatron.run.manifest import MANIFEST_NAME, write_text
 from spin_megatron.run.records import ReferenceScore, SpinPair, read_rows
 from spin_megatron.stages.context import StageContext, StageOutput
 
@@ -38,7 +38,8 @@ def _link_base_model(context: StageContext, folder: Path) -> dict[str, Any]:
     check_tensors(HfFolder(source), shape)
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
+        # The source may be a theta of another run: its manifest vouches for that run's stage, not for this one.
+        if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST_NAME:
             (folder / path.name).symlink_to(path.resolve())
     return {"source": str(source), "family": shape.family}
 

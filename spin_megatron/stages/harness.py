@@ -36,6 +36,9 @@ def harness_version() -> str:
         ) from None
 
 
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
+
+
 def run_harness(model: Path, tasks: Sequence[str], *, dtype: str, program: Sequence[str] = PROGRAM) -> dict[str, Any]:
     """Run tasks on a Hugging Face folder; returns {"version", "results": task -> metric -> value, "num_fewshot": task -> shots}.
 
@@ -48,7 +51,9 @@ def run_harness(model: Path, tasks: Sequence[str], *, dtype: str, program: Seque
     found = harness_version()
     arguments = json.dumps({"pretrained": str(model), "dtype": dtype})
     with tempfile.TemporaryDirectory(prefix="lm_eval_") as folder:
-        command = [*program, "--model", "hf", "--model_args", arguments, "--tasks", ",".join(tasks), "--batch_size", "auto"]
+        # The harness is one process: as a rank of this stage it would wait for the others.
+        alone = [word for name in _RANK_VARIABLES for word in ("-u", name)]
+        command = ["env", *alone, *program, "--model", "hf", "--model_args", arguments, "--tasks", ",".join(tasks), "--batch_size", "auto"]
         logger.info("lm-evaluation-harness %s: %s", found, ", ".join(tasks))
         done = subprocess.run([*command, "--output_path", folder], capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
         written = sorted(Path(folder).rglob("*results*.json"))

@@ -45,6 +45,10 @@ def test_the_rank_that_explains_a_refusal_decides_the_code(monkeypatch: pytest.M
     assert launch(monkeypatch, tmp_path, "time.sleep(0.2 * rank)\nsys.exit(2 if rank == 1 else 1)") == 2
 
 
+def test_a_rank_killed_from_outside_is_a_failure_and_no_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert launch(monkeypatch, tmp_path, "os.kill(os.getpid(), signal.SIGKILL)") == 1
+
+
 def test_every_attempt_keeps_its_logs_and_latest_points_at_the_newest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for attempt in (1, 2):
         assert launch(monkeypatch, tmp_path, f"print('attempt {attempt} of rank', rank)") == 0

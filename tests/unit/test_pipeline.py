@@ -2,7 +2,9 @@
 
 import json
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from spin_megatron.config import RunConfig, load_config
 from spin_megatron.pipeline import STAGES, StageRef, execute, folder_of, line, redo, require_current, settings_of, state_of
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.lock import Owner, held
 from spin_megatron.run.manifest import StageIncomplete, StaleStage, read_manifest, write_text
 from spin_megatron.stages.context import StageContext, StageOutput
 
@@ -153,9 +156,29 @@ def test_garbage_is_removed_where_a_stage_starts_over_and_kept_where_it_resumes(
     assert garbage[StageRef("generate", 0, 0)].exists()
 
 
-def test_other_ranks_write_no_manifest(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
-    assert do(config, layout, StageRef("export", 0), rank=1)
-    assert not (layout.theta(0) / "MANIFEST.json").exists()
+def test_other_ranks_write_no_manifest_and_wait_for_rank_0_to_write_it(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(do, config, layout, StageRef("export", 0), 1)
+        while not stage_runs:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert not (layout.theta(0) / "MANIFEST.json").exists()
+        assert not other.done()
+        assert do(config, layout, StageRef("export", 0))
+        assert other.result(timeout=60)
+
+
+def test_redo_refuses_a_stage_the_run_has_not_and_one_that_runs(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    do_all(config, layout)
+    with pytest.raises(ValueError, match=r"this run has no stage train 9; its stages are export 0, prepare 0"):
+        redo(config, layout, StageRef("train", 9))
+    owner = Owner.this_process()
+    with (
+        held(layout.stage_lock("train", 1, None), owner, what="train 1", stale_seconds=60),
+        pytest.raises(StageIncomplete, match=r"would move train 1 aside while it runs"),
+    ):
+        redo(config, layout, StageRef("merge", 1))
+    assert read_manifest(layout.pairs(1)) is not None
 
 
 def test_a_missing_file_of_a_finished_stage_is_named(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:

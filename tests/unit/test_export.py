@@ -1,0 +1,37 @@
+"""export of theta_0: links to the base model, and nothing of another run's bookkeeping."""
+
+from pathlib import Path
+
+import pytest
+
+from spin_megatron.config import load_config
+from spin_megatron.pipeline import StageRef, execute
+from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.manifest import read_manifest, verify_outputs, write_text
+from tests.tiny_run import make_tiny_run
+
+
+def export_base_model(tmp_path: Path) -> RunLayout:
+    config = load_config(make_tiny_run(tmp_path))
+    layout = RunLayout(tmp_path / "run")
+    assert execute(config, layout, StageRef("export", 0), rank=0, stop_requested=lambda: False)
+    return layout
+
+
+def test_a_theta_of_another_run_can_be_the_base_model(tmp_path: Path) -> None:
+    write_text(tmp_path / "model" / "MANIFEST.json", "the other run's")
+    layout = export_base_model(tmp_path)
+    manifest = read_manifest(layout.theta(0))
+    assert manifest is not None
+    assert "model.safetensors" in [output.path for output in manifest.outputs]
+    assert verify_outputs(layout.theta(0), manifest, digests=True) == []
+    assert (tmp_path / "model" / "MANIFEST.json").read_text(encoding="utf-8") == "the other run's"
+
+
+def test_a_base_model_that_lacks_a_weight_file_is_refused_by_name(tmp_path: Path) -> None:
+    config = load_config(make_tiny_run(tmp_path))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    layout = RunLayout(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"model"):
+        execute(config, layout, StageRef("export", 0), rank=0, stop_requested=lambda: False)
+    assert read_manifest(layout.theta(0)) is None

@@ -1,0 +1,54 @@
+"""The lock: one living owner, and a dead one's lock is taken over."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from spin_megatron.run.lock import Owner, held, is_held, read_owner
+from spin_megatron.run.manifest import StageIncomplete
+
+
+def test_a_living_owner_on_this_host_is_respected_however_old_its_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with held(path, Owner.this_process(), what="train 0", stale_seconds=60):
+        os.utime(path, (0, 0))
+        with (
+            pytest.raises(StageIncomplete, match=r"train 0 is being run by another process \(pid \d+ on"),
+            held(path, Owner.this_process(), what="train 0", stale_seconds=60),
+        ):
+            raise AssertionError("two owners")
+    assert not path.exists()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    dead = replace(Owner.this_process(), token="dead", pid=int(child.stdout))
+    path.write_text(json.dumps(asdict(dead)), encoding="utf-8")
+    assert not is_held(path, stale_seconds=60)
+    mine = Owner.this_process()
+    with held(path, mine, what="train 0", stale_seconds=60):
+        assert read_owner(path) == mine
+
+
+def test_another_hosts_lock_is_stale_only_when_it_was_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text(json.dumps(asdict(replace(Owner.this_process(), host="elsewhere"))), encoding="utf-8")
+    assert is_held(path, stale_seconds=60)
+    old = time.time() - 61
+    os.utime(path, (old, old))
+    assert not is_held(path, stale_seconds=60)
+
+
+def test_an_earlier_life_of_the_same_job_is_over(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    earlier = replace(Owner.this_process("7_0", restart=0), host="elsewhere")
+    path.write_text(json.dumps(asdict(earlier)), encoding="utf-8")
+    assert not is_held(path, stale_seconds=60, by=Owner.this_process("7_0", restart=1))
+    assert is_held(path, stale_seconds=60, by=Owner.this_process("7_1", restart=1))
