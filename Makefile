@@ -17,7 +17,7 @@ QUICKSTART_RUN ?= runs/quickstart
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 # The whole suite; one test has its own, shorter limit (pyproject.toml).
-TEST_TIMEOUT := 1500
+TEST_TIMEOUT := 2700
 # More threads than cores make OpenMP spin: the suite starts several processes at a time.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # Everything runs from local files; without this a missing file would be looked for on a hub.
