@@ -141,7 +141,7 @@ def load_training(folder: Path, trainer: Trainer, runtime: Runtime, *, recipe: M
     restore_state(trainer, loaded.get("optimizer", {}), num_updates=progress.num_updates)
     if has_same_layout:
         _restore_random_state(loaded["rng"])
-    else:
+    elif runtime.rank == 0:
         logger.warning("%s was saved with %s; random states start anew (nothing depends on them: dropout is off)", folder, facts["layout"])
     return progress
 

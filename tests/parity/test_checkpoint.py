@@ -55,6 +55,7 @@ CASES = {
         "llama2", replace(RMSPROP, is_distributed=True), ParallelLayout(tensor=2, data=2), torch.bfloat16
     ),
     "adamw, virtual pp, tied": Case("qwen3_tied", ADAMW, ParallelLayout(pipeline=2, data=2, virtual_pipeline=2)),
+    "rmsprop, experts, distributed": Case("mixtral", replace(RMSPROP, is_distributed=True), ParallelLayout(data=4, expert=2)),
 }
 # Where each fp32 case is loaded again: (case, layout, with the distributed optimizer).
 ELSEWHERE = (
@@ -62,6 +63,7 @@ ELSEWHERE = (
     ("adamw, dp, distributed", ParallelLayout(tensor=4), False),
     ("rmsprop, tp and pp", ParallelLayout(data=4), True),
     ("adamw, virtual pp, tied", ParallelLayout(tensor=2, data=2, sequence=True), True),
+    ("rmsprop, experts, distributed", ParallelLayout(pipeline=2, data=2), False),
 )
 
 
@@ -121,10 +123,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def saved(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder with every case's checkpoint, and what each rank saw."""
     root = tmp_path_factory.mktemp("saved")
-    return root, run_ranks(_save_and_go_on, WORLD, models, root, ports_for(len(CASES)), timeout=240)
+    return root, run_ranks(_save_and_go_on, WORLD, models, root, ports_for(len(CASES)), timeout=500)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", CASES)
 def test_a_reload_at_the_same_layout_goes_on_bit_for_bit(name: str, saved: tuple[Path, list[dict[str, Any]]]) -> None:
     for by_case in saved[1]:
@@ -134,12 +136,12 @@ def test_a_reload_at_the_same_layout_goes_on_bit_for_bit(name: str, saved: tuple
         assert progress == Progress(step=2, packs_consumed=8)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_reload_at_another_layout_goes_on_with_the_same_numbers(
     models: dict[str, Path], saved: tuple[Path, list[dict[str, Any]]]
 ) -> None:
     root, by_rank = saved
-    found = run_ranks(_go_on_elsewhere, WORLD, models, root, ports_for(len(ELSEWHERE)), timeout=240)[0]
+    found = run_ranks(_go_on_elsewhere, WORLD, models, root, ports_for(len(ELSEWHERE)), timeout=500)[0]
     for (name, layout, _), steps in zip(ELSEWHERE, found, strict=True):
         wanted = by_rank[0][name][0][0]
         for step, expected in zip(steps, wanted, strict=True):
