@@ -143,20 +143,22 @@ class ClusterRun:
 
     def rank_pids(self, ref: StageRef, node: str | None = None) -> list[int]:
         """Processes of a stage's ranks, as srun started them, on one node or on all."""
-        shard = [] if ref.shard is None else [b"--shard", str(ref.shard).encode()]
-        return self._pids(node, [b"spin_megatron.launch.rank", ref.name.encode(), *shard])
+        logs = os.fsencode(log_folder(self.layout, ref)) + b"/"  # of this shard and no other
+        return self._pids(node, [b"spin_megatron.launch.rank", ref.name.encode()], logs)
 
     def supervisor_pids(self, link: str, node: str) -> list[int]:
         """The batch shell on a node, which has become the supervisor."""
         return self._pids(node, [b"spin_megatron.launch.supervise", link.encode()])
 
-    def _pids(self, node: str | None, words: Sequence[bytes]) -> list[int]:
+    def _pids(self, node: str | None, words: Sequence[bytes], logs: bytes = b"") -> list[int]:
+        """Python processes whose command holds these words and this run's folder (srun's holds them too, behind its options)."""
         wanted = {*words, os.fsencode(self.layout.root)}
-        return [pid for pid in self.cluster.step_pids(node) if wanted <= set(read_proc(pid, "cmdline").split(b"\0"))]
+        commands = {pid: read_proc(pid, "cmdline").split(b"\0") for pid in self.cluster.step_pids(node)}
+        return [pid for pid, command in commands.items() if command[1:2] == [b"-m"] and wanted <= set(command) and command[3].startswith(logs)]
 
     def wait_for_ranks(self, ref: StageRef, count: int = 1) -> list[int]:
         """Wait until a stage's ranks run; returns their processes."""
-        self.wait(lambda: len(self.rank_pids(ref)) == count, f"the start of {count} ranks of {ref}")
+        self.wait(lambda: len(self.rank_pids(ref)) >= count, f"the start of {count} ranks of {ref}")
         return self.rank_pids(ref)
 
     def preempt(self, what: Callable[[], bool]) -> None:

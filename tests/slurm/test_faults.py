@@ -191,7 +191,7 @@ def test_a_full_disk_and_a_read_only_log_folder_end_the_jobs_and_spoil_nothing(
     assert not any(run.is_done(ref) for ref in SHARDS)
 
     # The disk fills while a shard runs: its jobs end; once there is room it is submitted again.
-    run.submit()
+    run.submit("--set", "slurm.max_failures=1")
     run.wait_for_ranks(SHARDS[0])
     filler = small_disk.root.parent / "filler"
     with open(filler, "wb", buffering=0) as handle, pytest.raises(OSError, match="No space left"):
