@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spin_megatron.pipeline import StageRef, folder_of
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import digest_file
 from spin_megatron.run.records import SpinPair, read_rows
@@ -119,18 +120,22 @@ def test_killed_in_every_stage_and_with_two_shards_it_ends_with_the_same_weights
     layout = RunLayout(root)
     command = [*SPIN_MEGATRON, "run", str(config_path), "--run-dir", str(root), "--set", "generate.num_shards=2"]
 
-    def attempted(stage: str, iteration: int = 0, shard: int | None = None) -> bool:
-        return (layout.logs(stage, iteration, shard) / "latest").exists()
+    def working(stage: str, shard: int | None = None) -> bool:
+        """The stage holds its lock: it is past its imports and at work (or, if it was very quick, done)."""
+        ref = StageRef(stage, 0, shard)
+        return layout.stage_lock(stage, 0, shard).exists() or layout.manifest(folder_of(layout, ref)).exists()
 
     kills: list[tuple[str, Callable[[], bool]]] = [
-        ("export of theta_0", lambda: attempted("export")),
-        ("prepare", lambda: attempted("prepare")),
-        ("the second shard", lambda: attempted("generate", 0, 1)),
-        ("merge", lambda: attempted("merge")),
-        ("the reference phase", lambda: attempted("train")),
+        ("export of theta_0", lambda: working("export")),
+        ("prepare", lambda: working("prepare")),
+        ("build-engine", lambda: working("build-engine")),
+        ("an answered part of the second shard", lambda: any(layout.shard(0, 1).glob("part_*.parquet"))),
+        ("merge", lambda: working("merge")),
+        ("the reference phase", lambda: any(layout.reference(0).glob("*"))),
         ("the second update", lambda: layout.metrics(0).exists() and len(metrics(layout, 0)) >= 2),
         ("a checkpoint", lambda: any(layout.checkpoints(0).glob("*"))),
-        ("evaluate", lambda: attempted("evaluate")),
+        ("export of theta_1", lambda: layout.theta(1).exists()),
+        ("evaluate", lambda: working("evaluate")),
         ("an answered part", lambda: any(layout.shard(1, 0).glob("part_*.parquet"))),
         ("training of iteration 1", lambda: layout.metrics(1).exists() and len(metrics(layout, 1)) >= 3),
     ]
