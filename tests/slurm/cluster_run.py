@@ -154,7 +154,8 @@ class ClusterRun:
         """Python processes whose command holds these words and this run's folder (srun's holds them too, behind its options)."""
         wanted = {*words, os.fsencode(self.layout.root)}
         commands = {pid: read_proc(pid, "cmdline").split(b"\0") for pid in self.cluster.step_pids(node)}
-        return [pid for pid, command in commands.items() if command[1:2] == [b"-m"] and wanted <= set(command) and command[3].startswith(logs)]
+        python = {pid: command for pid, command in commands.items() if command[1:2] == [b"-m"]}
+        return [pid for pid, command in python.items() if wanted <= set(command) and command[3].startswith(logs)]
 
     def wait_for_ranks(self, ref: StageRef, count: int = 1) -> list[int]:
         """Wait until a stage's ranks run; returns their processes."""
