@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class SavedTensor:
 class _IndexUnpickler(pickle.Unpickler):
     """Unpickles a torch_dist index: plain containers and the types below, nothing that could run code."""
 
-    _TYPES: dict[tuple[str, str], Any] = {  # noqa: RUF012 (a constant of the class)
+    _TYPES: ClassVar[dict[tuple[str, str], Any]] = {
         **{
             ("torch.distributed.checkpoint.metadata", kind.__name__): kind
             for kind in (
@@ -75,7 +75,7 @@ class _IndexUnpickler(pickle.Unpickler):
         ("torch", "Size"): torch.Size,
         ("collections", "OrderedDict"): dict,
         ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
-        ("pathlib", "Path"): lambda *parts: "/".join(parts),
+        ("pathlib._local", "PosixPath"): lambda *parts: "/".join(parts),  # Python 3.13
     }
 
     def find_class(self, module: str, name: str) -> Any:
