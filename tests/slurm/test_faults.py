@@ -56,7 +56,7 @@ def test_training_survives_every_fault_with_the_same_weights(cluster: Cluster, u
 
     # Preemption: the slot is requeued by Slurm.
     element = training(run)
-    run.preempt(lambda: run.fact(element, "Restarts") == "1")
+    run.preempt(lambda: int(run.fact(element, "Restarts")) >= 1)
 
     # kill -9 of a rank between two updates: the step ends, the supervisor requeues its own element.
     element = training(run)
@@ -121,13 +121,13 @@ def test_generation_survives_every_fault_with_the_same_pairs(cluster: Cluster, u
     signal_all(run.wait_for_ranks(first), signal.SIGKILL)
     run.wait_for_ranks(second)
     run.slurm("scontrol", "requeue", f"{array}_1")
-    run.wait(lambda: (run.fact(f"{array}_0", "Restarts"), run.fact(f"{array}_1", "Restarts")) == ("1", "1"), "both restarts")
+    run.wait(lambda: all(int(run.fact(f"{array}_{shard}", "Restarts")) >= 1 for shard in (0, 1)), "both restarts")
 
     # A node goes down under one element; the batch shell of the other is killed, which loses that element.
     run.wait_for_ranks(first)
     (node,) = run.nodes_of(f"{array}_0")
     node_down(run, node)
-    run.wait(lambda: run.fact(f"{array}_0", "Restarts") == "2", "the requeue after a lost node")
+    run.wait(lambda: int(run.fact(f"{array}_0", "Restarts")) >= 2, "the requeue after a lost node")
     cluster.start_node(node)
     if not run.is_done(second):
         run.wait_for_ranks(second)
@@ -137,7 +137,7 @@ def test_generation_survives_every_fault_with_the_same_pairs(cluster: Cluster, u
     run.wait(lambda: run.newest_job("generate") != array, "a new chain for the lost element")
     array = run.newest_job("generate")
     run.wait_for_ranks(second)
-    run.preempt(lambda: run.fact(f"{array}_1", "Restarts") == "1")
+    run.preempt(lambda: int(run.fact(f"{array}_1", "Restarts")) >= 1)
 
     # A person cancels all of it, and starts it again later.
     run.wait_for_ranks(second)
