@@ -22,7 +22,7 @@ from spin_megatron.run.records import GeneratedRow, TokenIds
 # name in [generate] engine -> module:object
 PROVIDERS: dict[str, str] = {
     "builtin": "spin_megatron.generation.hf_loop:PROVIDER",
-    "onnxruntime-genai": "spin_megatron.generation.onnx:PROVIDER",
+    "onnxruntime-genai": "spin_megatron.generation.onnx_cpu:PROVIDER",
 }
 
 

@@ -47,6 +47,7 @@ def build(spec: EngineSpec, folder: Path) -> dict[str, Any]:
 
 
 def _identity(spec: EngineSpec) -> dict[str, Any]:
+    runtime = {package: _version(package) for package in _PACKAGES}
     shape = ModelShape.from_huggingface(spec.model)
     if shape.head_dim % _HEAD_MULTIPLE:
         raise ValueError(
@@ -56,7 +57,6 @@ def _identity(spec: EngineSpec) -> dict[str, Any]:
     check_options(spec, NAME, known=(CACHE_OPTION,))
     if spec.dtype != "float32":
         raise ValueError(f'generate.dtype={spec.dtype}: engine {NAME!r} computes in fp32 on CPU; set generate.dtype = "float32".')
-    runtime = {package: _version(package) for package in _PACKAGES}
     return engine_identity(spec, engine=NAME, runtime=runtime | {"processor": platform.machine()}, run_options=frozenset())
 
 
