@@ -16,10 +16,9 @@ from tests.slurm.cluster_run import REPOSITORY, SPIN_ITER, ClusterRun, assert_sa
 from tests.slurm.conftest import SmallDisk
 from tools.local_slurm.cluster import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
-
 # Minutes more than the rest of the suite has room for.
 only_when_asked = pytest.mark.skipif(not os.environ.get("SPIN_SLURM_ALL"), reason="long: set SPIN_SLURM_ALL=1 to run it")
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400), only_when_asked]
 
 TRAIN = StageRef("train", 0)
 SHARDS = (StageRef("generate", 0, 0), StageRef("generate", 0, 1))
@@ -149,7 +148,6 @@ def test_generation_survives_every_fault_with_the_same_pairs(cluster: Cluster, u
     assert_same_result(run.layout, undisturbed, iterations=1)
 
 
-@only_when_asked
 def test_every_other_stage_survives_a_requeue(cluster: Cluster, undisturbed: RunLayout, tmp_path: Path) -> None:
     run = ClusterRun(cluster, fork(undisturbed, tmp_path / "run", removed=("build-engine", "merge", "export", "evaluate")))
     run.submit()
@@ -163,7 +161,6 @@ def test_every_other_stage_survives_a_requeue(cluster: Cluster, undisturbed: Run
     assert_same_result(run.layout, undisturbed, iterations=1)
 
 
-@only_when_asked
 def test_a_full_disk_and_a_read_only_log_folder_end_the_jobs_and_spoil_nothing(
     cluster: Cluster, undisturbed: RunLayout, small_disk: SmallDisk
 ) -> None:
