@@ -7,9 +7,9 @@ import pytest
 
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.slurm import chain, check_resources, dry_run
-from spin_megatron.pipeline import StageRef, folder_of, line
+from spin_megatron.pipeline import StageRef, folder_of, inputs_of, line, settings_of
 from spin_megatron.run.layout import RunLayout
-from spin_megatron.run.manifest import Manifest, write_manifest
+from spin_megatron.run.manifest import Manifest, stage_key, write_manifest
 
 MODEL = {"model": {"path": "model"}, "data": {"source": "data", "max_prompt_tokens": 8, "max_response_tokens": 8}}
 
@@ -20,8 +20,8 @@ def make_config(**sections: dict) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def finish(layout: RunLayout, *refs: StageRef, config: RunConfig) -> None:
-    """Write a manifest for each stage, which is all that the chain looks at."""
+def finish(layout: RunLayout, *refs: StageRef, config: RunConfig, is_current: bool = False) -> None:
+    """Write a manifest for each stage, which is all that the chain looks at; `status` also asks whether its key is current."""
     for ref in refs:
         folder = folder_of(layout, ref)
         folder.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def finish(layout: RunLayout, *refs: StageRef, config: RunConfig) -> None:
             stage=ref.name,
             iteration=ref.iteration,
             shard=ref.shard,
-            key="key",
+            key=stage_key(ref.name, settings_of(config, ref), inputs_of(config, layout, ref)) if is_current else "key",
             settings={},
             inputs={},
             outputs=(),

@@ -23,7 +23,7 @@ def some_run(root: Path) -> tuple[RunConfig, RunLayout]:
     """Three shards of which the second is done, with one attempt of the first that failed."""
     config, layout = make_config(), RunLayout(root)
     done = [StageRef("export", 0), StageRef("prepare"), StageRef("build-engine", 0), StageRef("generate", 0, 1)]
-    finish(layout, *done, config=config)
+    finish(layout, *done, config=config, is_current=True)
     attempt = log_folder(layout, StageRef("generate", 0, 0)) / "attempt_1"
     attempt.mkdir(parents=True)
     log = "2026-01-01 10:00:00,000 INFO spin_megatron: began\n2026-01-01 10:00:01,000 ERROR spin_megatron: failed\n"
