@@ -21,6 +21,8 @@ from spin_megatron.run.manifest import digest_file, digest_values, read_manifest
 logger = logging.getLogger(__name__)
 
 IDENTITY_NAME = "identity.json"
+# Logs, jobs and calibration text of a build lie here, and are no part of the engine.
+WORK_NAME = "work"
 CACHE_OPTION = "cache"
 
 
@@ -96,8 +98,10 @@ def _store(folder: Path, cached: Path) -> None:
 
 
 def _link_tree(source: Path, target: Path) -> None:
-    """Hard links of every file (copies where links are not possible), the identity left out of neither."""
+    """Hard links of every file of an engine, copies where links are not possible."""
     for path in sorted(source.rglob("*")):
+        if path.relative_to(source).parts[0] == WORK_NAME:
+            continue
         destination = target / path.relative_to(source)
         if path.is_dir():
             destination.mkdir(exist_ok=True)

@@ -23,6 +23,9 @@ from spin_megatron.run.records import GeneratedRow, TokenIds
 PROVIDERS: dict[str, str] = {
     "builtin": "spin_megatron.generation.hf_loop:PROVIDER",
     "onnxruntime-genai": "spin_megatron.generation.onnx_cpu:PROVIDER",
+    "trtllm-engine": "spin_megatron.generation.trtllm:ENGINE",
+    "trtllm-torch": "spin_megatron.generation.trtllm:TORCH",
+    "vllm": "spin_megatron.generation.vllm:PROVIDER",
 }
 
 
@@ -68,6 +71,7 @@ class EngineSpec:
 
     model: Hugging Face folder of theta_t. dtype: "float32" or "bfloat16". batch_size: rows computed at a time.
     max_prompt_tokens, max_new_tokens: limits of every request. options: settings of one engine alone.
+    prompt_files: the run's own prompts, for engines that are sized or calibrated by them.
     """
 
     model: Path
@@ -76,6 +80,7 @@ class EngineSpec:
     max_prompt_tokens: int
     max_new_tokens: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    prompt_files: tuple[Path, ...] = ()
 
 
 class Engine(Protocol):

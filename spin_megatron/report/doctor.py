@@ -293,6 +293,30 @@ def examine_programs() -> Iterator[Finding]:
     yield Finding("sbatch", "ok" if sbatch else "absent", sbatch or "not on PATH", "" if sbatch else "needed by `submit` alone")
 
 
+def examine_trtllm() -> Iterator[Finding]:
+    """Whether the TensorRT-LLM of this environment is what the generation worker was written for; its source is read, not imported."""
+    # Here, so that the doctor starts where packaging is missing.
+    from spin_megatron.generation.trtllm_surface import differences, release_line
+
+    package, found = find_spec("tensorrt_llm"), installed("tensorrt_llm")
+    if package is None or not package.submodule_search_locations or found is None:
+        cure = f"start the doctor with the Python of its environment, not {sys.executable}"
+        yield Finding("tensorrt_llm", "problem", "not installed", cure)
+        return
+    try:
+        line = release_line(found.version)
+    except ValueError as error:
+        yield Finding("tensorrt_llm", "problem", found.version, str(error))
+        return
+    engines = "engines trtllm-engine and trtllm-torch" if line.has_engines else "engine trtllm-torch alone: this release builds no engines"
+    yield Finding("tensorrt_llm", "ok", found.version, engines)
+    departures = differences(Path(package.submodule_search_locations[0]), found.version)
+    for departure in departures:
+        yield Finding("names and defaults", "problem", departure, "the worker relies on it: use 1.2.1, or correct worker and table")
+    if not departures:
+        yield Finding("names and defaults", "ok", "as in the table", "")
+
+
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the verb to the command line."""
     parser: argparse.ArgumentParser = subparsers.add_parser("doctor", help="what is installed here and which kernels that turns on")
@@ -304,12 +328,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("--run-dir", type=Path, default=Path(), help="where runs will be written: its disk is looked at (default: here)")
+    parser.add_argument("--environment", choices=("training", "trtllm"), default="training", help="whose packages are looked at")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def command(arguments: argparse.Namespace) -> int:
     """Handle the verb; exit code 2 when something would break a run."""
-    findings = examine(arguments.run_dir)
+    findings = list(examine_trtllm()) if arguments.environment == "trtllm" else examine(arguments.run_dir)
     is_healthy = all(finding.state != "problem" for finding in findings)
     if arguments.json:
         values: dict[str, Any] = {"is_healthy": is_healthy, "findings": [dataclasses.asdict(finding) for finding in findings]}

@@ -18,6 +18,7 @@ def engine_spec(context: StageContext) -> EngineSpec:
         max_prompt_tokens=data.max_prompt_tokens,
         max_new_tokens=data.max_response_tokens,
         options=generate.options,
+        prompt_files=(context.layout.prompts, context.layout.held_out),
     )
 
 

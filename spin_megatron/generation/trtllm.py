@@ -1,0 +1,173 @@
+"""Engines "trtllm-engine" and "trtllm-torch": TensorRT-LLM on GPUs, through trtllm_worker.py.
+
+trtllm-engine builds a real TensorRT engine from each theta_t (TensorRT-LLM from 1.0, below 1.3: later releases removed that path);
+trtllm-torch loads the Hugging Face folder into TensorRT-LLM's PyTorch backend (from 1.0). One process a build, one a shard.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.version import Version
+
+from spin_megatron.generation.built import CACHE_OPTION, WORK_NAME, build_once, engine_identity, require_identity
+from spin_megatron.generation.engine import Engine, EngineSpec, Provider
+from spin_megatron.generation.external import ExternalEngine, Worker, WorkerCommand
+from spin_megatron.generation.replica import (
+    RUN_OPTIONS,
+    Probed,
+    ReplicaOptions,
+    check_model,
+    longest_prompt,
+    probe,
+    read_options,
+    replica_job,
+    worker_command,
+)
+from spin_megatron.run.manifest import digest_values, write_text
+from spin_megatron.run.records import PromptRow, read_all
+
+Mode = Literal["engine", "torch"]
+FIRST_VERSION, FIRST_WITHOUT_ENGINES = Version("1.0.0rc0"), Version("1.3.0rc16")
+PACKAGE = "tensorrt_llm"
+_SCRIPT = Path(__file__).with_name("trtllm_worker.py")
+_FOR_MANY = "srun --mpi=pmix --ntasks={ranks} trtllm-llmapi-launch python3"
+# With one GPU the model runs in the worker's own process: MPI spawning fails inside a Slurm step.
+_SINGLE_PROCESS = "TLLM_WORKER_USE_SINGLE_PROCESS=1"
+
+
+@dataclass(frozen=True)
+class TrtllmOptions(ReplicaOptions):
+    """[generate.options] of the two engines.
+
+    quantization: "none" or "fp8" (trtllm-engine), calibrated on calibration_prompts of this run's own prompts.
+    max_num_tokens: tokens the engine computes in one step. cache: folder of engines by identity, and of kernel timings.
+    """
+
+    quantization: str = "none"
+    calibration_prompts: int = 512
+    max_num_tokens: int = 8192
+    cache: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("quantization", self.quantization in ("none", "fp8"), "'none' or 'fp8'")
+        self.require("calibration_prompts", self.calibration_prompts >= 1, "at least 1")
+        self.require("max_num_tokens", self.max_num_tokens >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class Trtllm:
+    """One of the two engines: its build and load."""
+
+    name: str
+    mode: Mode
+
+    def build(self, spec: EngineSpec, folder: Path) -> dict[str, Any]:
+        """Ask the environment what it is, then build an engine there, or take an equal one from the cache.
+
+        Raises:
+            ValueError: options, release or dtype do not fit; RuntimeError: the worker failed.
+        """
+        options = self._options(spec)
+        probed, identity = self._identity(spec, options, folder / WORK_NAME / "probe")
+        make: Callable[[Path], None] = self._engine_builder(spec, options, probed) if self.mode == "engine" else lambda _folder: None
+        started = time.monotonic()
+        from_cache = build_once(spec, folder, identity, make)
+        facts = {"needs_build": self.mode == "engine", "from_cache": from_cache, "build_seconds": time.monotonic() - started}
+        return {**facts, **identity, "gpus": list(probed.gpus), "options": asdict(options)}
+
+    def load(self, spec: EngineSpec, folder: Path, work: Path) -> Engine:
+        """An engine that starts its worker when it is asked to answer; refuses one of other weights, settings, release or GPU."""
+        options = self._options(spec)
+        probed, identity = self._identity(spec, options, work / "probe")
+        require_identity(folder, identity)
+        job = self._job(spec, options, probed) | {"mode": self.mode, "engine": str(folder.resolve())}
+        return ExternalEngine(self.name, _command(options), job, spec, work)
+
+    def _options(self, spec: EngineSpec) -> TrtllmOptions:
+        options = read_options(TrtllmOptions, spec, self.name)
+        # The engine is built in bfloat16: left to itself the converter makes float16 of an fp32 checkpoint.
+        check_model(spec, self.name, dtypes=("bfloat16",))
+        if self.mode == "torch" and options.quantization != "none":
+            raise ValueError(f"generate.options.quantization is of engine 'trtllm-engine' alone; leave it out for {self.name!r}.")
+        return options
+
+    def _identity(self, spec: EngineSpec, options: TrtllmOptions, probe_folder: Path) -> tuple[Probed, dict[str, Any]]:
+        """What the worker finds where it runs, and what an engine made there from this spec is."""
+        probed = probe(_command(options), probe_folder)
+        found = Version(probed.version)
+        if found < FIRST_VERSION or (self.mode == "engine" and found >= FIRST_WITHOUT_ENGINES):
+            wanted = f">={FIRST_VERSION}" + (f",<{FIRST_WITHOUT_ENGINES}" if self.mode == "engine" else "")
+            raise ValueError(
+                f"engine {self.name!r} needs {PACKAGE}{wanted}, but generate.options.command starts one with {found}; "
+                "use a container of 1.2.1, or engine 'trtllm-torch', which later releases have."
+            )
+        if not probed.gpus:
+            raise ValueError(f"engine {self.name!r} needs a GPU, and nvidia-smi shows none where generate.options.command runs.")
+        # The engine's limits follow from the data, and with fp8 its scales do.
+        from_data = {"max_input_len": str(longest_prompt(spec))}
+        if options.quantization != "none":
+            from_data["calibration"] = digest_values([row.prompt_ids for row in _calibration_rows(spec, options)])
+        runtime = probed.runtime(PACKAGE) | from_data
+        return probed, engine_identity(spec, engine=self.name, runtime=runtime, run_options=RUN_OPTIONS)
+
+    def _job(self, spec: EngineSpec, options: TrtllmOptions, probed: Probed) -> dict[str, Any]:
+        job = replica_job(spec, options, probed)
+        return job | {"max_num_tokens": max(options.max_num_tokens, job["max_input_len"])}
+
+    def _engine_builder(self, spec: EngineSpec, options: TrtllmOptions, probed: Probed) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            job = self._job(spec, options, probed) | {"action": "build", "engine": str(folder.resolve())}
+            job |= {"quantization": options.quantization, "calibration_prompts": options.calibration_prompts, "calibration": None}
+            if options.quantization != "none":
+                job["calibration"] = str(_write_calibration(spec, options, folder / WORK_NAME / "calibration").resolve())
+            job["timing_cache"] = _timing_cache(spec, probed)
+            Worker(_command(options), job, folder / WORK_NAME / "build").wait()
+            missing = [rank for rank in range(options.ranks) if not (folder / f"rank{rank}.engine").exists()]
+            if missing:
+                raise RuntimeError(f"the build left no engine for ranks {missing} in {folder}; see its log in {folder / WORK_NAME}")
+
+        return make
+
+
+def _command(options: TrtllmOptions) -> WorkerCommand:
+    return worker_command(options, _SCRIPT, for_many=_FOR_MANY, settings=(_SINGLE_PROCESS,) if options.ranks == 1 else ())
+
+
+def _timing_cache(spec: EngineSpec, probed: Probed) -> str | None:
+    """Where kernel timings are kept from one iteration to the next: beside the engine cache, one a release and GPU."""
+    root = spec.options.get(CACHE_OPTION)
+    if not root:
+        return None
+    folder = Path(str(root)).resolve() / "timing"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / f"{digest_values(probed.runtime(PACKAGE))}.cache")
+
+
+def _calibration_rows(spec: EngineSpec, options: TrtllmOptions) -> list[PromptRow]:
+    rows = read_all(spec.prompt_files, PromptRow)[: options.calibration_prompts]
+    if not rows:
+        raise ValueError('there are no prompts to calibrate fp8 on; set generate.options.quantization = "none".')
+    return rows
+
+
+def _write_calibration(spec: EngineSpec, options: TrtllmOptions, folder: Path) -> Path:
+    """The run's own prompts as a data set that TensorRT-LLM calibrates on: split train, column text.
+
+    The text is what the tokenizer makes of the ids, special tokens included.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(spec.model, local_files_only=True, trust_remote_code=False)
+    rows = _calibration_rows(spec, options)
+    texts = [tokenizer.decode(row.prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
+    write_text(folder / "train.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+_ENGINE, _TORCH = Trtllm("trtllm-engine", "engine"), Trtllm("trtllm-torch", "torch")
+ENGINE, TORCH = Provider(_ENGINE.build, _ENGINE.load), Provider(_TORCH.build, _TORCH.load)

@@ -1,0 +1,280 @@
+#!/usr/bin/env python3
+"""The TensorRT-LLM side of generation: one script, started with one JSON path, in TensorRT-LLM's own environment.
+
+    python trtllm_worker.py JOB.json
+
+It imports the standard library and `tensorrt_llm`, nothing of this project, and runs on Python 3.10 to 3.12. The job says
+what to do (`probe`, `build` or `generate`); the answer is the file job["result"], written last and whole: without it the job
+failed, whatever the exit code says (launchers lose exit codes). Responses go to chunk files, each written whole.
+
+Two ways to run a model: "engine", a TensorRT engine that `build` makes (TensorRT-LLM from 1.0, below 1.3), and "torch", its PyTorch
+backend, which loads the Hugging Face folder (from 1.0). No log-probabilities are asked of either: training computes its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+PACKAGE = "tensorrt_llm"
+
+
+# ---- files: the same lines as in the other worker scripts
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write aside, fsync, rename: a reader sees the whole file or none."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(aside, path)
+
+
+def read_requests(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """[{"id", "prompt_ids", "seed"}, ...]"""
+    with open(job["requests"], encoding="utf-8") as handle:
+        return [json.loads(line) for line in handle]
+
+
+def write_chunks(job: dict[str, Any], responses: Iterable[dict[str, Any]]) -> int:
+    """Write responses in files of job["chunk_rows"], each as soon as it is full; returns their number."""
+    folder = Path(job["chunks"])
+    chunk: list[str] = []
+    num_rows = num_chunks = 0
+    for response in responses:
+        chunk.append(json.dumps(response) + "\n")
+        num_rows += 1
+        if len(chunk) == job["chunk_rows"]:
+            write_whole(folder / f"chunk_{num_chunks:05d}.jsonl", "".join(chunk))
+            chunk, num_chunks = [], num_chunks + 1
+    if chunk:
+        write_whole(folder / f"chunk_{num_chunks:05d}.jsonl", "".join(chunk))
+    return num_rows
+
+
+def gpus() -> list[dict[str, str]]:
+    """Name, compute capability and driver of each visible GPU, as nvidia-smi tells them; empty where there is none."""
+    names = ("name", "compute_cap", "driver_version")
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(names, map(str.strip, line.split(",")), strict=True)) for line in output.splitlines()]
+
+
+def probe(_job: dict[str, Any]) -> dict[str, Any]:
+    """What is installed here, without importing it."""
+    try:
+        return {"version": version(PACKAGE), "gpus": gpus(), "python": sys.version.split()[0]}
+    except PackageNotFoundError:
+        raise RuntimeError(f"{PACKAGE} is not installed in {sys.executable}; start the worker in its environment or container") from None
+
+
+def check_expected(job: dict[str, Any]) -> None:
+    """Refuse to run on another version or kind of GPU than the job was made for, before anything is loaded."""
+    found = probe(job)
+    for name, value in (("version", found["version"]), ("gpu", found["gpus"][0]["name"] if found["gpus"] else "none")):
+        if job["expected"][name] != value:
+            raise RuntimeError(f"this job expects {name} {job['expected'][name]!r}, here is {value!r}; run build-engine on these machines")
+
+
+def main(arguments: list[str]) -> int:
+    """Do the job and write its result; 0 when it is done."""
+    job = json.loads(Path(arguments[1]).read_text(encoding="utf-8"))
+    if job["schema"] != SCHEMA:
+        raise SystemExit(f"job schema {job['schema']}, this worker knows {SCHEMA}: driver and worker are of different versions")
+    # The folder of this script holds modules of ordinary names, which must not stand before installed ones.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+    started = time.monotonic()
+    try:
+        facts = ACTIONS[job["action"]](job)
+    except Exception as error:
+        failure = {"schema": SCHEMA, "ok": False, "error": f"{type(error).__name__}: {error}"}
+        write_whole(Path(job["result"]), json.dumps(failure, indent=2))
+        traceback.print_exc()
+        return 1
+    result = {"schema": SCHEMA, "ok": True, "seconds": time.monotonic() - started, **facts}
+    write_whole(Path(job["result"]), json.dumps(result, indent=2))
+    return 0
+
+
+# ---- TensorRT-LLM
+
+
+def parallel_arguments(job: dict[str, Any]) -> dict[str, int]:
+    """How the model is spread over GPUs."""
+    return {"tensor_parallel_size": job["tensor_parallel"], "pipeline_parallel_size": job["pipeline_parallel"]}
+
+
+def kv_cache_config(job: dict[str, Any]) -> Any:
+    """Block reuse off: it changes the first token's logits between the first and later equal prompts (issue 15503 upstream)."""
+    from tensorrt_llm.llmapi import KvCacheConfig
+
+    return KvCacheConfig(enable_block_reuse=False, free_gpu_memory_fraction=job["free_gpu_memory_fraction"])
+
+
+def build(job: dict[str, Any]) -> dict[str, Any]:
+    """Make the TensorRT engine of job["model"] in job["engine"]."""
+    check_expected(job)
+    from tensorrt_llm import BuildConfig
+    from tensorrt_llm._tensorrt_engine import LLM
+
+    timing_cache = job["timing_cache"]
+    build_config = BuildConfig(
+        max_batch_size=job["max_batch_size"],
+        max_input_len=job["max_input_len"],
+        max_seq_len=job["max_seq_len"],
+        max_num_tokens=job["max_num_tokens"],
+        # Timings of kernels, not of weights: safe to reuse from one iteration to the next.
+        input_timing_cache=timing_cache if timing_cache and Path(timing_cache).exists() else None,
+        **({"output_timing_cache": timing_cache} if timing_cache else {}),
+    )
+    llm = LLM(
+        model=job["model"],
+        dtype=job["dtype"],
+        build_config=build_config,
+        # Upstream's cache is keyed by the model's path: it would hand out the engine of an earlier iteration.
+        enable_build_cache=False,
+        kv_cache_config=kv_cache_config(job),
+        **parallel_arguments(job),
+        **quantization_arguments(job),
+    )
+    try:
+        llm.save(job["engine"])
+    finally:
+        llm.shutdown()
+    return probe(job)
+
+
+def quantization_arguments(job: dict[str, Any]) -> dict[str, Any]:
+    """FP8 weights, activations and KV cache, calibrated on this run's own prompts."""
+    if job["quantization"] == "none":
+        return {}
+    from tensorrt_llm.llmapi import CalibConfig, QuantAlgo, QuantConfig
+
+    return {
+        "quant_config": QuantConfig(quant_algo=QuantAlgo.FP8, kv_cache_quant_algo=QuantAlgo.FP8),
+        # The default data set is a download; a local folder is read as split "train", column "text".
+        "calib_config": CalibConfig(
+            calib_dataset=job["calibration"], calib_batches=job["calibration_prompts"], calib_max_seq_length=job["max_input_len"]
+        ),
+    }
+
+
+def generate(job: dict[str, Any]) -> dict[str, Any]:
+    """Answer every request; the engine is kept full by a window of requests in flight."""
+    check_expected(job)
+    llm, facts = open_engine(job) if job["mode"] == "engine" else open_torch(job)
+    try:
+        num_rows = write_chunks(job, responses(llm, job))
+    finally:
+        llm.shutdown()
+    return {"rows": num_rows, **facts, **probe(job)}
+
+
+def open_engine(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Load a built engine. Its sampler is the C++ one, which takes a seed a request."""
+    from tensorrt_llm._tensorrt_engine import LLM
+
+    num_ranks = job["tensor_parallel"] * job["pipeline_parallel"]
+    missing = [rank for rank in range(num_ranks) if not (Path(job["engine"]) / f"rank{rank}.engine").exists()]
+    if missing:
+        raise RuntimeError(f"{job['engine']} lacks the engine files of ranks {missing}; run build-engine again")
+    llm = LLM(model=job["engine"], skip_tokenizer_init=True, kv_cache_config=kv_cache_config(job), **parallel_arguments(job))
+    return llm, {"row_seeds": True}
+
+
+def open_torch(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Load the Hugging Face folder into the PyTorch backend, with the sampler that takes a seed a request where there is one."""
+    from tensorrt_llm import LLM
+
+    sampler, row_seeds = sampler_arguments()
+    llm = LLM(
+        model=job["model"],
+        skip_tokenizer_init=True,
+        dtype=job["dtype"],
+        max_batch_size=job["max_batch_size"],
+        max_seq_len=job["max_seq_len"],
+        max_num_tokens=job["max_num_tokens"],
+        kv_cache_config=kv_cache_config(job),
+        **parallel_arguments(job),
+        **sampler,
+    )
+    return llm, {"row_seeds": row_seeds}
+
+
+def sampler_arguments() -> tuple[dict[str, Any], bool]:
+    """The keyword that chooses the C++ sampler in this release, and whether a request's seed will count.
+
+    The PyTorch sampler draws from one generator for the whole batch and ignores seeds, at least up to 1.2.
+    """
+    from tensorrt_llm.llmapi import TorchLlmArgs
+
+    fields = getattr(TorchLlmArgs, "model_fields", {})
+    for name, value in (("sampler_type", "TRTLLMSampler"), ("enable_trtllm_sampler", True), ("use_torch_sampler", False)):
+        if name in fields:
+            return {name: value}, True
+    return {}, False
+
+
+def sampling_parameters(job: dict[str, Any], seed: int) -> Any:
+    """One object a request. temperature, top_k and top_p always together: what alone is greedy changed in 1.2."""
+    from tensorrt_llm import SamplingParams
+
+    sampling = job["sampling"]
+    # Greedy as "sample from the one best": the same in every release, while temperature 0 is refused before 1.2.
+    drawn = {"temperature": sampling["temperature"], "top_k": sampling["top_k"], "top_p": sampling["top_p"]}
+    chosen = drawn if sampling["temperature"] > 0 else {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+    first, *others = sampling["eos_ids"]
+    return SamplingParams(
+        **chosen,
+        seed=seed,
+        max_tokens=sampling["max_new_tokens"],
+        end_id=first,
+        pad_id=first,
+        stop_token_ids=others or None,
+        include_stop_str_in_output=True,
+        detokenize=False,
+        add_special_tokens=False,
+    )
+
+
+def responses(llm: Any, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Responses in the order of the requests, with at most job["in_flight"] requests submitted at a time."""
+    submitted: deque[tuple[str, Any]] = deque()
+    for request in read_requests(job):
+        if len(submitted) == job["in_flight"]:
+            yield finished(*submitted.popleft())
+        inputs = {"prompt_token_ids": request["prompt_ids"]}
+        submitted.append((request["id"], llm.generate_async(inputs, sampling_parameters(job, request["seed"]))))
+    while submitted:
+        yield finished(*submitted.popleft())
+
+
+def finished(request_id: str, future: Any) -> dict[str, Any]:
+    """A response as the engine gives it; the driver puts EOS right."""
+    output = future.result().outputs[0]
+    return {
+        "id": request_id,
+        "token_ids": list(output.token_ids),
+        "finish_reason": str(output.finish_reason),
+        "stop_reason": output.stop_reason if isinstance(output.stop_reason, int) else None,
+    }
+
+
+ACTIONS = {"probe": probe, "build": build, "generate": generate}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
