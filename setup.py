@@ -42,6 +42,8 @@ EXTRAS = {
     "quickstart": ["accelerate>=1.10", "chitchat-dataset==0.9.0", "gguf>=0.17"],
     "dev": ["mypy>=2.0", "pytest>=8.4", "pytest-timeout>=2.3", "ruff>=0.14", "scipy>=1.14"],
 }
+# Every change is tested against a real compiled engine: built, cached, refused when stale, resumed.
+EXTRAS["dev"] += EXTRAS["onnx"]
 
 setup(
     name="spin-megatron",
