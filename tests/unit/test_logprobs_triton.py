@@ -1,7 +1,7 @@
 """The Triton epilogues of the head, run by Triton's interpreter on CPU tensors, against float64.
 
 The interpreter is chosen when Triton is imported, so all cases run in one fresh process; it checks logic, not races or speed.
-Triton comes with torch's CUDA builds and with `pip install -e ".[dev]"` on Linux.
+Triton comes with `pip install -e ".[dev]"` on Linux.
 """
 
 import importlib.util
