@@ -5,6 +5,7 @@
 #
 # Needs Python 3.11 or later with venv, make and git; the network only to install Python packages.
 #   PYTHON=python3.12 make test        another interpreter
+#   TEST_PROCESSES=4 make test         more processes for the tests
 #   PIP_FLAGS="--find-links DIR"       more places to install from, such as a folder with torch's CPU wheel:
 #                                      the default wheel brings several GB of CUDA libraries along
 
@@ -12,6 +13,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+# Processes the tests are spread over; each file's tests stay together (tests/conftest.py).
+TEST_PROCESSES ?= 2
 QUICKSTART_RUN ?= runs/quickstart
 
 BIN := $(VENV)/bin
@@ -49,7 +52,7 @@ quickstart: $(STAMP)
 	$(OFFLINE) $(BIN)/spin-megatron run examples/quickstart/quickstart.toml --run-dir $(QUICKSTART_RUN)
 
 test: $(STAMP)
-	$(ONE_THREAD) $(OFFLINE) timeout --kill-after=30 $(TEST_TIMEOUT) $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(ONE_THREAD) $(OFFLINE) timeout --kill-after=30 $(TEST_TIMEOUT) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(PYTEST_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

