@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from spin_megatron.plan.precision import PRECISIONS, REFUSED, PrecisionName
 from spin_megatron.plan.shape import ParallelLayout
 
 Value = TypeVar("Value")
@@ -125,7 +126,8 @@ class OptimizerSection(Section):
 class TrainSection(Section):
     """[train]"""
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: PrecisionName = Field("bf16", description="what the decoder multiplies in (plan/precision.py); log-probs and loss are fp32")
+    num_bf16_end_layers: int = Field(0, ge=0, description="with FP8: so many of the first and of the last layers stay bf16")
     global_batch_pairs: int = Field(64, gt=0, description="pairs an update")
     pack_tokens: int = Field(4096, gt=0, description="tokens of a micro-batch; whole pairs are packed into it")
     max_pairs_per_pack: int | None = Field(None, gt=0)
@@ -137,6 +139,25 @@ class TrainSection(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     distributed_optimizer: bool = True
     max_skipped_steps: int = Field(5, gt=0, description="non-finite updates in a row after which the run stops")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _say_why_not(cls, value: object) -> object:
+        if isinstance(value, str) and value in REFUSED:
+            raise ValueError(f'train.precision="{value}": {REFUSED[value]}.')
+        return value
+
+    @model_validator(mode="after")
+    def _check_bf16_layers(self) -> Self:
+        if self.num_bf16_end_layers and PRECISIONS[self.precision].fp8_recipe is None:
+            found = f'train.num_bf16_end_layers={self.num_bf16_end_layers} with train.precision="{self.precision}"'
+            raise ValueError(f"{found}: no layer is FP8 there; use 0, or an FP8 precision.")
+        return self
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the weights, in memory and as exported."""
+        return PRECISIONS[self.precision].dtype
 
 
 class ParallelSection(Section):

@@ -79,7 +79,7 @@ _ENGINE_SETTINGS = ("generate.engine", "generate.dtype", "generate.options", "da
 STAGES: dict[StageName, Stage] = {
     "export": Stage(
         "export",
-        ("model", "train.dtype"),
+        ("model", "train.precision"),
         lambda layout, ref: layout.theta(ref.iteration),
         lambda config, t: (StageRef("train", t - 1),) if t else (),
     ),
@@ -123,7 +123,7 @@ STAGES: dict[StageName, Stage] = {
     ),
     "evaluate": Stage(
         "evaluate",
-        ("objective", "evaluate", "train.dtype"),
+        ("objective", "evaluate", "train.precision", "train.num_bf16_end_layers"),
         lambda layout, ref: layout.evaluate(ref.iteration),
         lambda config, t: (StageRef("merge", t), StageRef("train", t), StageRef("export", t + 1)),
         distributed=True,

@@ -40,7 +40,7 @@ name = "adamw"
 learning_rate = 1e-3
 
 [train]
-dtype = "float32"
+precision = "fp32"
 global_batch_pairs = 8
 pack_tokens = 192
 schedule_epochs = 2

@@ -12,6 +12,8 @@ from spin_megatron.config import RunConfig, StageName, apply_override, flat_sett
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
 from spin_megatron.pipeline import STAGES, StageRef, folder_of, line, log_folder, made_in, redo, require_current
 from spin_megatron.plan.command import check_config_fits
+from spin_megatron.plan.hardware import find_gpu
+from spin_megatron.plan.precision import PRECISIONS, check_capability, check_precision
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
@@ -44,12 +46,15 @@ def check_config(config: RunConfig) -> None:
         ValueError: the model is not one we compute, or the layout does not divide it, or a length is beyond its context.
     """
     _check_addresses(config)
+    _check_device(config)
     folder = Path(config.model.path)
     if not folder.is_dir():
         logger.info("model.path=%s is a hub name: its shape is checked when export 0 has fetched it", config.model.path)
         return
     shape = ModelShape.from_huggingface(folder)
-    config.parallel.layout().check(shape)
+    layout, train = config.parallel.layout(), config.train
+    layout.check(shape)
+    check_precision(train.precision, shape, layout, pack_tokens=train.pack_tokens, num_bf16_end_layers=train.num_bf16_end_layers)
     longest = config.data.max_prompt_tokens + config.data.max_response_tokens
     if longest > shape.max_positions:
         raise ValueError(
@@ -58,6 +63,18 @@ def check_config(config: RunConfig) -> None:
         )
     if config.slurm.gpu is not None:
         check_config_fits(config, config.slurm.gpu)
+
+
+def _check_device(config: RunConfig) -> None:
+    """FP8 needs its tensor cores: of the cluster's GPU where one is named, else of this machine's. Imports torch for FP8 alone."""
+    precision = config.train.precision
+    if PRECISIONS[precision].fp8_recipe is None:
+        return
+    if config.slurm.gpu is not None:
+        check_capability(precision, find_gpu(config.slurm.gpu).capability, where=f"slurm.gpu={config.slurm.gpu}")
+        return
+    device, _ = importlib.import_module("spin_megatron.report.doctor").examine_device()
+    check_capability(precision, device and device.capability, where="this machine")
 
 
 def _check_addresses(config: RunConfig) -> None:

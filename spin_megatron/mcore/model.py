@@ -27,6 +27,7 @@ from spin_megatron.convert.families import Fetch, global_name, megatron_shard, p
 from spin_megatron.convert.hf_io import HfFolder, check_tensors
 from spin_megatron.mcore.attention import choose_backend
 from spin_megatron.mcore.layers import SpecKind, choose_layer_spec, layer_submodules
+from spin_megatron.mcore.precision import Fp8, require_fp8
 from spin_megatron.mcore.runtime import Runtime
 from spin_megatron.objective.logprobs import vocab_parallel_logprobs
 from spin_megatron.plan.shape import ModelShape
@@ -128,18 +129,21 @@ def rotary_angles(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
-def build_model(shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, recompute: Recompute = "none") -> list[SpinModel]:
+def build_model(
+    shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, recompute: Recompute = "none", fp8: Fp8 | None = None
+) -> list[SpinModel]:
     """Build this rank's stages, parameters uninitialised: `load_huggingface` or a checkpoint fills them.
 
     Args:
         recompute: "selective" computes MLPs (and experts) again in the backward, the largest activations at about a fifth more time;
             "full" whole layers. Attention's own softmax is never stored in any case.
+        fp8: the recipe of the linear layers; dtype must be bfloat16 then.
 
     Returns:
         One chunk, or parallel.virtual_pipeline of them.
 
     Raises:
-        ValueError: the layout does not divide the model, or asks for context parallelism.
+        ValueError: the layout does not divide the model or asks for context parallelism, or the FP8 recipe is not computed here.
     """
     layout = runtime.layout
     layout.check(shape)
@@ -149,14 +153,17 @@ def build_model(shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, reco
             "context-parallel ranks; use 1, and parallel.tensor or parallel.pipeline for long sequences."
         )
     spec = choose_layer_spec(runtime.device)
+    if fp8 is not None:
+        require_fp8(fp8, spec)
     attention = choose_backend(runtime.device, dtype, head_dim=shape.head_dim, sliding_window=shape.sliding_window)
     if runtime.rank == 0:
         logger.info("layers: %s (%s)", spec.kind, spec.reason)
         logger.info("attention: %s (%s)", attention.name, attention.reason)
+        logger.info("precision: %s", dtype if fp8 is None else fp8)
         if runtime.device.type == "cuda":
             fused = "fused (NVIDIA apex)" if has_fused_weight_gradient() else "not fused (NVIDIA apex's extension is not installed)"
             logger.info("weight gradients: %s", fused)
-    config = transformer_config(shape, runtime, dtype=dtype, recompute=recompute, spec=spec.kind)
+    config = transformer_config(shape, runtime, dtype=dtype, recompute=recompute, spec=spec.kind, fp8=fp8)
     layer, norm = layer_submodules(spec.kind, num_experts=shape.num_experts, qk_norm=shape.qk_norm, attention=attention)
     virtual = layout.virtual_pipeline
     chunks = []
@@ -177,7 +184,7 @@ def build_model(shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, reco
 
 
 def transformer_config(
-    shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, recompute: Recompute, spec: SpecKind
+    shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, recompute: Recompute, spec: SpecKind, fp8: Fp8 | None = None
 ) -> TransformerConfig:
     """Megatron Core's settings for this model, layout and device. Dropout is off; fusions follow what is installed."""
     layout = runtime.layout
@@ -224,6 +231,7 @@ def transformer_config(
         gradient_accumulation_fusion=on_cuda and has_fused_weight_gradient(),
         **_expert_settings(shape, has_te=has_te, on_cuda=on_cuda),
         **_recompute_settings(recompute, is_dense=is_dense),
+        **({} if fp8 is None else fp8.settings()),
     )
 
 

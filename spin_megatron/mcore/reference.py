@@ -11,7 +11,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 
 from spin_megatron.data.batches import PackBatch, make_batch
 from spin_megatron.data.packing import assign_ranks
+from spin_megatron.mcore.precision import Fp8
 from spin_megatron.mcore.runtime import Runtime
 from spin_megatron.mcore.steps import gather_over_data, score_packs
 from spin_megatron.mcore.training import agreed_by_first_rank
@@ -68,11 +69,12 @@ class PackedPairs:
         return make_batch(pairs, pack_tokens=self.pack_tokens, pad_id=0, share_prompt=self.share_prompt)
 
 
-def numerics(runtime: Runtime, dtype: torch.dtype) -> dict[str, Any]:
+def numerics(runtime: Runtime, dtype: torch.dtype, fp8: Fp8 | None = None) -> dict[str, Any]:
     """What decides a log-prob's last bits besides weights and packs. Data parallelism does not: a pack is computed by one copy."""
     layout = runtime.layout
     facts = {
         "dtype": str(dtype).removeprefix("torch."),
+        "fp8": None if fp8 is None else asdict(fp8),
         "layout": [layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.sequence, layout.context, layout.expert],
         "versions": installed_versions(),
     }

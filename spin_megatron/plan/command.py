@@ -15,6 +15,7 @@ from spin_megatron.plan.duration import IterationTime, RunSettings, Storage, Wor
 from spin_megatron.plan.hardware import GIGA, GPUS, Gpu, find_gpu
 from spin_megatron.plan.layouts import Candidate, Question, Refusal, Search, check_fits, describe, search, try_layout
 from spin_megatron.plan.memory import RankMemory, Recompute, TrainSettings, all_ranks
+from spin_megatron.plan.precision import PRECISIONS, PrecisionName, check_capability
 from spin_megatron.plan.shape import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of training")
     parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--model-config", type=Path, metavar="JSON", help="a config.json, when model.path is not on this machine")
-    parser.add_argument("--precision", choices=("bfloat16", "float32", "fp8"), help="default: train.dtype")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: train.precision")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), help="only this mode; default: the fastest that fits")
     parser.add_argument("--examples", type=int, metavar="N", help="default: data.num_examples, or 50000")
     parser.add_argument("--prompt-tokens", type=float, metavar="MEAN", help=f"default: {DEFAULT_PROMPT_TOKENS}, or the cap if that is less")
@@ -134,14 +135,14 @@ def lengths_of(config: RunConfig, arguments: argparse.Namespace) -> Lengths:
     return lengths
 
 
-def make_question(config: RunConfig, shape: ModelShape, gpu: Gpu, lengths: Lengths, *, precision: str | None = None) -> Question:
+def make_question(config: RunConfig, shape: ModelShape, gpu: Gpu, lengths: Lengths, *, precision: PrecisionName | None = None) -> Question:
     """What the config asks for, layout left open.
 
     Raises:
-        ValueError: FP8 on a GPU without it.
+        ValueError: the GPU does not have the precision.
     """
-    if precision == "fp8" and gpu.fp8_flops is None:
-        raise ValueError(f"--precision fp8: {gpu.name} has no FP8 tensor cores; use bfloat16.")
+    precision = precision or config.train.precision
+    check_capability(precision, gpu.capability, where=gpu.name)
     scalars = [config.at(iteration) for iteration in range(config.run.iterations)]
     workload = Workload(
         prompts=lengths.examples,
@@ -155,7 +156,7 @@ def make_question(config: RunConfig, shape: ModelShape, gpu: Gpu, lengths: Lengt
     settings = TrainSettings(
         pack_tokens=config.train.pack_tokens,
         micro_batches=1,
-        precision=precision or config.train.dtype,  # type: ignore[arg-type]
+        precision=precision,
         recompute=config.train.recompute,
         optimizer=config.optimizer.name,
         distributed_optimizer=config.train.distributed_optimizer,

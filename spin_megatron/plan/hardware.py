@@ -17,6 +17,7 @@ class Gpu:
 
     memory_bytes: what the driver gives a process (torch's total_memory), less than the name says.
     bf16_flops, fp8_flops: peak dense FLOP/s of the tensor cores; fp8_flops is None where there is no FP8.
+    capability: CUDA compute capability.
     memory_bandwidth, nvlink_bandwidth, network_bandwidth, host_bandwidth: bytes/s; network: one NIC a GPU; host: PCIe.
     """
 
@@ -24,6 +25,7 @@ class Gpu:
     memory_bytes: int
     bf16_flops: float
     fp8_flops: float | None
+    capability: tuple[int, int]
     memory_bandwidth: float
     nvlink_bandwidth: float
     network_bandwidth: float
@@ -38,18 +40,18 @@ GPUS: dict[str, Gpu] = {
     for gpu in (
         # NVIDIA A100 data sheet (June 2021): 312 TFLOP/s bf16, 2039 GB/s (80 GB) or 1555 GB/s (40 GB), NVLink 600 GB/s both ways, PCIe 4.
         # DGX A100 data sheet: 8 x 200 Gb/s HDR.
-        Gpu("a100-40gb", int(39.4 * GIB), 312 * TERA, None, 1555 * GIGA, 300 * GIGA, 25 * GIGA, 25 * GIGA),
-        Gpu("a100-80gb", int(79.15 * GIB), 312 * TERA, None, 2039 * GIGA, 300 * GIGA, 25 * GIGA, 25 * GIGA),
+        Gpu("a100-40gb", int(39.4 * GIB), 312 * TERA, None, (8, 0), 1555 * GIGA, 300 * GIGA, 25 * GIGA, 25 * GIGA),
+        Gpu("a100-80gb", int(79.15 * GIB), 312 * TERA, None, (8, 0), 2039 * GIGA, 300 * GIGA, 25 * GIGA, 25 * GIGA),
         # NVIDIA H100 data sheet (SXM): 989.4 and 1978.9 TFLOP/s dense, 3.35 TB/s, NVLink 900 GB/s both ways, PCIe 5.
         # DGX H100 data sheet: 8 x 400 Gb/s NDR.
-        Gpu("h100-80gb", int(79.1 * GIB), 989.4 * TERA, 1978.9 * TERA, 3350 * GIGA, 450 * GIGA, 50 * GIGA, 50 * GIGA),
+        Gpu("h100-80gb", int(79.1 * GIB), 989.4 * TERA, 1978.9 * TERA, (9, 0), 3350 * GIGA, 450 * GIGA, 50 * GIGA, 50 * GIGA),
         # NVIDIA H200 data sheet (SXM): H100's compute, 141 GB at 4.8 TB/s.
-        Gpu("h200-141gb", int(139.7 * GIB), 989.4 * TERA, 1978.9 * TERA, 4800 * GIGA, 450 * GIGA, 50 * GIGA, 50 * GIGA),
+        Gpu("h200-141gb", int(139.7 * GIB), 989.4 * TERA, 1978.9 * TERA, (9, 0), 4800 * GIGA, 450 * GIGA, 50 * GIGA, 50 * GIGA),
         # NVIDIA dgxc-benchmarking README, "Peak Theoretical Throughput" and reference architectures (July 2026): B200 2250 and 4500
         # TFLOP/s dense, 180 GB, NVLink 1.8 TB/s both ways, 8 x 400 Gb/s; B300 the same rates, 270 GB, 8 x 800 Gb/s.
         # The memory bus is 7680 bits at 3996 MHz: 7.67 TB/s (pytorch/ao #4002, which also shows the 178.35 GiB).
-        Gpu("b200-180gb", int(178.35 * GIB), 2250 * TERA, 4500 * TERA, 7670 * GIGA, 900 * GIGA, 50 * GIGA, 50 * GIGA),
-        Gpu("b300-270gb", int(267.5 * GIB), 2250 * TERA, 4500 * TERA, 7670 * GIGA, 900 * GIGA, 100 * GIGA, 50 * GIGA),
+        Gpu("b200-180gb", int(178.35 * GIB), 2250 * TERA, 4500 * TERA, (10, 0), 7670 * GIGA, 900 * GIGA, 50 * GIGA, 50 * GIGA),
+        Gpu("b300-270gb", int(267.5 * GIB), 2250 * TERA, 4500 * TERA, (10, 3), 7670 * GIGA, 900 * GIGA, 100 * GIGA, 50 * GIGA),
     )
 }
 

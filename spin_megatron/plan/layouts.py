@@ -11,6 +11,7 @@ from typing import Literal
 from spin_megatron.plan.duration import Batch, Workload, plan_batch, with_workload
 from spin_megatron.plan.hardware import GIGA, Gpu
 from spin_megatron.plan.memory import USABLE_SHARE, RankMemory, Recompute, TrainSettings, rank_memory
+from spin_megatron.plan.precision import check_precision
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.plan.speed import StepTime, step_time
 
@@ -109,6 +110,7 @@ def try_layout(question: Question, layout: ParallelLayout, *, recompute: Recompu
     """Check one layout; with its rates when it fits, with the reason when it does not."""
     try:
         layout.check(question.shape)
+        check_precision(question.settings.precision, question.shape, layout, pack_tokens=question.settings.pack_tokens)
     except ValueError as error:
         return Refusal(layout, "shape", str(error))
     batch = plan_batch(

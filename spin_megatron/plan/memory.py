@@ -19,9 +19,9 @@ from spin_megatron.plan.parameters import (
     rank_parameters,
     split_by_kind,
 )
+from spin_megatron.plan.precision import PRECISIONS, PrecisionName
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 
-Precision = Literal["float32", "bfloat16", "fp8"]
 Recompute = Literal["none", "selective", "full"]
 OptimizerName = Literal["adamw", "rmsprop"]
 
@@ -38,6 +38,8 @@ NCCL_COMMUNICATOR_BYTES = int(0.35 * GIB)
 FRAGMENTATION = 0.05
 # A layout is refused above this share of the GPU's memory: the rest is the model error of the parts that are not exact.
 USABLE_SHARE = 0.96
+# What is multiplied in FP8: Transformer Engine's linear layers.
+_FP8_MATRICES = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 # objective/logprobs.py makes logits in tiles of 1024 rows x 4096 columns: fp32 logits, their gradient and one temporary.
 HEAD_TILE_BYTES = 3 * 1024 * 4096 * FLOAT32_BYTES
 
@@ -58,7 +60,7 @@ class TrainSettings:
 
     pack_tokens: int
     micro_batches: int
-    precision: Precision = "bfloat16"
+    precision: PrecisionName = "bf16"
     recompute: Recompute = "none"
     optimizer: OptimizerName = "adamw"
     distributed_optimizer: bool = True
@@ -75,7 +77,11 @@ class TrainSettings:
     @property
     def weight_bytes(self) -> int:
         """Bytes a weight element takes; with FP8 the bf16 weights stay (Transformer Engine casts them as it goes)."""
-        return FLOAT32_BYTES if self.precision == "float32" else 2
+        return FLOAT32_BYTES if self.precision == "fp32" else 2
+
+    @property
+    def is_fp8(self) -> bool:
+        return PRECISIONS[self.precision].fp8_recipe is not None
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def state_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettin
     moments, of the whole buffer or of this rank's 1/data share. Experts have their own buffer, shared by fewer ranks.
     """
     num_parameters = weights = gradients = optimizer = 0
-    per_element = FLOAT32_BYTES * (_MOMENTS[settings.optimizer] + (settings.precision != "float32"))
+    per_element = FLOAT32_BYTES * (_MOMENTS[settings.optimizer] + (settings.precision != "fp32"))
     for chunk in rank_parameters(shape, layout, pipeline_rank):
         for parameters, num_ranks in zip(split_by_kind(chunk), (layout.data * layout.context, expert_data_ranks(layout)), strict=True):
             if not parameters:
@@ -178,11 +184,18 @@ def layer_widths(shape: ModelShape, layout: ParallelLayout, settings: TrainSetti
     hidden = shape.hidden_size / sequence_split
     key_value = 2 * shape.num_kv_heads * (1 + settings.shared_prefix)
     attention = (2 * shape.num_heads + key_value) * shape.head_dim / layout.tensor
+    residual = 4 * hidden
     if shape.num_experts is None:
         mlp = 3 * shape.ffn_hidden_size / layout.tensor
     else:
         mlp = _moe_width(shape, layout)
-    return LayerWidths(4 * hidden, attention, mlp, shape.num_heads / layout.tensor, hidden)
+    if settings.is_fp8:
+        # The inputs of products are kept in FP8, half an element: of the norms' outputs and the activation instead of them, of the
+        # attention's output besides it, which its own backward reads in bf16.
+        attention += shape.num_heads * shape.head_dim / layout.tensor / 2
+        if shape.num_experts is None:
+            residual, mlp = 3 * hidden, 2.5 * shape.ffn_hidden_size / layout.tensor
+    return LayerWidths(residual, attention, mlp, shape.num_heads / layout.tensor, hidden)
 
 
 def _moe_width(shape: ModelShape, layout: ParallelLayout) -> float:
@@ -227,10 +240,21 @@ def activation_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainS
     if not settings.fused_gradients:
         # The largest matrix's gradient in bf16, before it is added to the fp32 buffer.
         kept += max(p.numel for p in chunk_parameters(shape, layout, pipeline_rank) if p.name.startswith("decoder.")) * element
+    kept += fp8_copy_bytes(shape, layout, settings, pipeline_rank)
     if pipeline_rank == 0:
         # The embedding's output, for each micro-batch in flight.
         kept += min(layout.pipeline, settings.micro_batches) * tokens * widths.checkpoint * element
     return int(kept)
+
+
+def fp8_copy_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> int:
+    """What Transformer Engine keeps of the decoder's matrices between a pass's first micro-batch and the next pass: FP8 by rows and by
+    columns, two bytes an element and its scales (one fp32 per 128 x 128, one byte per 32)."""
+    if not settings.is_fp8:
+        return 0
+    matrices = (p for chunk in rank_parameters(shape, layout, pipeline_rank) for p in chunk if p.name.endswith(_FP8_MATRICES))
+    per_element = 2 * (1 + 1 / 32) if settings.precision == "mxfp8" else 2
+    return int(sum(p.numel for p in matrices) * per_element)
 
 
 def head_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> int:

@@ -142,10 +142,10 @@ def _held_matrix_elements(shape: ModelShape, layout: ParallelLayout) -> float:
 
 
 def _matrix_rate(gpu: Gpu, settings: TrainSettings) -> float:
-    if settings.precision == "fp8" and gpu.fp8_flops is not None:
+    if settings.is_fp8 and gpu.fp8_flops is not None:
         return gpu.fp8_flops * GEMM_SHARE_FP8
     # fp32 products use TF32, half the bf16 rate (A100 and H100 data sheets).
-    return gpu.bf16_flops * GEMM_SHARE * (0.5 if settings.precision == "float32" else 1.0)
+    return gpu.bf16_flops * GEMM_SHARE * (0.5 if settings.precision == "fp32" else 1.0)
 
 
 def _elementwise_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings) -> float:
@@ -158,7 +158,7 @@ def _elementwise_bytes(shape: ModelShape, layout: ParallelLayout, settings: Trai
     if shape.experts_per_token is not None:
         moved += 4 * copies * shape.hidden_size  # permuted to the experts and back
     casts = 0.0
-    if settings.precision == "fp8":
+    if settings.is_fp8:
         # Every input of a product is read, and written in FP8 as it is and transposed (for the weight's gradient).
         casts = 4 * (2 * shape.hidden_size + shape.num_heads * shape.head_dim / layout.tensor + ffn)
     return moved * settings.weight_bytes + casts

@@ -19,6 +19,7 @@ import torch
 
 from spin_megatron.config import EvaluateSection
 from spin_megatron.mcore.model import build_model, load_huggingface
+from spin_megatron.mcore.precision import Fp8
 from spin_megatron.mcore.reference import PackedPairs, score_pairs
 from spin_megatron.mcore.runtime import default_device, running
 from spin_megatron.objective.spin_loss import LossName, mean_metrics, metrics_vector, spin_loss
@@ -64,7 +65,8 @@ def _score_held_out(context: StageContext) -> list[ReferenceScore] | None:
         raise ValueError(f"{layout.held_out_pairs(t)} holds no pair to evaluate on; see {layout.pairs_report(t)} for what was dropped.")
     shape = ModelShape.from_huggingface(folder)
     with running(context.config.parallel.layout(), device=default_device(), seed=context.config.run.seed) as runtime:
-        chunks = build_model(shape, runtime, dtype=getattr(torch, settings.dtype))
+        fp8 = Fp8.chosen(settings.precision, settings.num_bf16_end_layers)
+        chunks = build_model(shape, runtime, dtype=getattr(torch, settings.dtype), fp8=fp8)
         load_huggingface(chunks, folder, shape, runtime, show=context.show)
         own_share = -(-len(held_out.packs) // runtime.layout.data)
         with progress_bar("evaluate (held-out packs)", own_share, show=context.show) as advance:

@@ -28,6 +28,7 @@ from spin_megatron.data.progress import PlannedStep, Progress, StepPlan
 from spin_megatron.mcore import checkpoint
 from spin_megatron.mcore.model import SpinModel, build_model, load_huggingface
 from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer
+from spin_megatron.mcore.precision import Fp8
 from spin_megatron.mcore.reference import PackedPairs, cached_scores, claim_cache, numerics, score_pairs
 from spin_megatron.mcore.runtime import Runtime, default_device, running
 from spin_megatron.mcore.training import Objective, StepOutcome, agreed_by_first_rank, train_step
@@ -61,6 +62,10 @@ class _Job:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.context.config.train.dtype)
         return dtype
+
+    @property
+    def fp8(self) -> Fp8 | None:
+        return Fp8.chosen(self.context.config.train.precision, self.context.config.train.num_bf16_end_layers)
 
     def stop_requested(self) -> bool:
         """Whether to save and leave, the same on all ranks. Collective."""
@@ -118,7 +123,7 @@ def _train(job: _Job) -> bool:
     context, runtime, config = job.context, job.runtime, job.context.config
     theta = context.layout.theta(context.iteration)
     shape = ModelShape.from_huggingface(theta)
-    chunks = build_model(shape, runtime, dtype=job.dtype, recompute=config.train.recompute)
+    chunks = build_model(shape, runtime, dtype=job.dtype, recompute=config.train.recompute, fp8=job.fp8)
     load_huggingface(chunks, theta, shape, runtime, show=context.show)
     references = _reference_phase(job, chunks)
     if references is None:
@@ -144,7 +149,7 @@ def _train(job: _Job) -> bool:
 def _reference_phase(job: _Job, chunks: Sequence[SpinModel]) -> dict[str, ReferenceScore] | None:
     """Phase 1: log-prob sums of all pairs under theta_t, by pair id, of the train pairs; None when stopped."""
     layout, t = job.context.layout, job.context.iteration
-    claim_cache(layout.reference(t), {**job.inputs, **numerics(job.runtime, job.dtype)}, job.runtime)
+    claim_cache(layout.reference(t), {**job.inputs, **numerics(job.runtime, job.dtype, job.fp8)}, job.runtime)
     parts = (
         (layout.held_out_reference_scores(t), job.held_out, "reference log-probs (held-out packs)"),
         (layout.reference_scores(t), job.train, "reference log-probs (packs)"),
@@ -265,7 +270,7 @@ def _failure(skipped_in_row: int, progress: Progress, root: Path) -> str:
         f"loss or gradients were not finite in {skipped_in_row} steps in a row (train.max_skipped_steps), the last being step "
         f"{progress.step - 1}; none of them changed the weights. The log names their packs and pairs. The state is kept in {root}: "
         "the same command goes on after these steps. If it fails again, lower optimizer.learning_rate, set optimizer.max_grad_norm, "
-        'or use train.dtype = "float32", and train anew.'
+        'or use train.precision = "fp32", and train anew.'
     )
 
 

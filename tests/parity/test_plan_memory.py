@@ -10,7 +10,8 @@ from spin_megatron.mcore.model import SpinModel, build_model
 from spin_megatron.mcore.optimizer import UpdateRule, apply_gradients, build_trainer, clear_gradients, parts
 from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.plan.layouts import RECOMPUTE_ORDER
-from spin_megatron.plan.memory import OptimizerName, Precision, TrainSettings, layer_widths, state_bytes
+from spin_megatron.plan.memory import OptimizerName, TrainSettings, layer_widths, state_bytes
+from spin_megatron.plan.precision import PrecisionName
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from tests.parity.fake_ranks import fake_rank
 from tests.parity.gloo import run_ranks
@@ -19,10 +20,10 @@ from tests.parity.gloo import run_ranks
 TINY = ModelShape("qwen3", 4, 72, 88, 6, 2, 12, 257, 64, 1e-6, 1e4, qk_norm=True)
 TIED = replace(TINY, family="llama", qk_norm=False, tied_embeddings=True)
 MIXTURE = replace(TINY, family="mixtral", qk_norm=False, num_experts=4, experts_per_token=2, expert_ffn_hidden_size=91)
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def state_after_an_update(shape: ModelShape, runtime: Runtime, precision: Precision, rule: UpdateRule) -> list[int]:
+def state_after_an_update(shape: ModelShape, runtime: Runtime, precision: PrecisionName, rule: UpdateRule) -> list[int]:
     """Bytes of weights, gradients and optimizer."""
     chunks = build_model(shape, runtime, dtype=DTYPES[precision])
     for chunk in chunks:
@@ -39,7 +40,7 @@ def state_after_an_update(shape: ModelShape, runtime: Runtime, precision: Precis
 
 def state_of_a_real_rank(shape: ModelShape, layout: ParallelLayout) -> list[int]:
     with running(layout, device="cpu", seed=0) as runtime:
-        return state_after_an_update(shape, runtime, "bfloat16", UpdateRule("adamw", is_distributed=True))
+        return state_after_an_update(shape, runtime, "bf16", UpdateRule("adamw", is_distributed=True))
 
 
 def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:
@@ -63,17 +64,17 @@ def _optimizer_bytes(optimizer: Any, rule: UpdateRule, *, weights_kept: list[Spi
 @pytest.mark.parametrize(
     ("shape", "layout", "precision", "optimizer", "is_sharded"),
     [
-        pytest.param(TINY, ParallelLayout(data=2), "bfloat16", "adamw", True, id="AdamW over two data ranks"),
-        pytest.param(TINY, ParallelLayout(tensor=2, data=2), "bfloat16", "rmsprop", True, id="RMSProp TP2 DP2"),
-        pytest.param(TINY, ParallelLayout(data=3), "float32", "adamw", True, id="fp32 has no second copy of the weights"),
-        pytest.param(TINY, ParallelLayout(data=2), "bfloat16", "adamw", False, id="every data rank holds all of it"),
-        pytest.param(TIED, ParallelLayout(pipeline=2, data=2), "bfloat16", "adamw", True, id="tied embedding has a bucket of its own"),
-        pytest.param(TINY, ParallelLayout(pipeline=2, virtual_pipeline=2), "bfloat16", "adamw", True, id="each virtual stage has buffers"),
-        pytest.param(MIXTURE, ParallelLayout(data=6, expert=2), "bfloat16", "adamw", True, id="experts are shared by fewer ranks"),
+        pytest.param(TINY, ParallelLayout(data=2), "bf16", "adamw", True, id="AdamW over two data ranks"),
+        pytest.param(TINY, ParallelLayout(tensor=2, data=2), "bf16", "rmsprop", True, id="RMSProp TP2 DP2"),
+        pytest.param(TINY, ParallelLayout(data=3), "fp32", "adamw", True, id="fp32 has no second copy of the weights"),
+        pytest.param(TINY, ParallelLayout(data=2), "bf16", "adamw", False, id="every data rank holds all of it"),
+        pytest.param(TIED, ParallelLayout(pipeline=2, data=2), "bf16", "adamw", True, id="tied embedding has a bucket of its own"),
+        pytest.param(TINY, ParallelLayout(pipeline=2, virtual_pipeline=2), "bf16", "adamw", True, id="each virtual stage has buffers"),
+        pytest.param(MIXTURE, ParallelLayout(data=6, expert=2), "bf16", "adamw", True, id="experts are shared by fewer ranks"),
     ],
 )
 def test_planned_state_is_what_megatron_core_allocates(
-    shape: ModelShape, layout: ParallelLayout, precision: Precision, optimizer: OptimizerName, is_sharded: bool
+    shape: ModelShape, layout: ParallelLayout, precision: PrecisionName, optimizer: OptimizerName, is_sharded: bool
 ) -> None:
     """Every rank in turn is this process: what it allocates does not depend on what the others send."""
     settings = TrainSettings(64, 1, precision=precision, optimizer=optimizer, distributed_optimizer=is_sharded)

@@ -21,7 +21,7 @@ def make_config(root: Path, **changes: dict[str, Any]) -> RunConfig:
         "data": {"source": str(root / "data.jsonl"), "max_prompt_tokens": 20, "max_response_tokens": 30},
         "objective": {"beta": 0.1},
         "optimizer": {"name": "adamw", "learning_rate": 1e-3, "warmup_fraction": 0.0},
-        "train": {"dtype": "float32", "global_batch_pairs": 6, "pack_tokens": PACK_TOKENS, "schedule_epochs": 2, "save_every_steps": 2},
+        "train": {"precision": "fp32", "global_batch_pairs": 6, "pack_tokens": PACK_TOKENS, "schedule_epochs": 2, "save_every_steps": 2},
     }
     for section, values in changes.items():
         sections[section] = sections.get(section, {}) | values

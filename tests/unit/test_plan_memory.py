@@ -34,7 +34,7 @@ def test_adamw_keeps_16_bytes_a_parameter_and_rmsprop_12() -> None:
     numel = 4 * (128 + 64 * (128 + 64 + 192 + 96)) + 2 * 256 * 64 + 64
     assert (state.num_parameters, state.weights, state.gradients, state.optimizer) == (numel, 2 * numel, 4 * numel, 12 * numel)
     assert state_bytes(SMALL, ParallelLayout(), replace(settings, optimizer="rmsprop"), 0).optimizer == 8 * numel
-    assert state_bytes(SMALL, ParallelLayout(), replace(settings, precision="float32"), 0).optimizer == 8 * numel
+    assert state_bytes(SMALL, ParallelLayout(), replace(settings, precision="fp32"), 0).optimizer == 8 * numel
 
 
 def test_the_distributed_optimizer_divides_its_state_by_the_data_ranks() -> None:
@@ -55,7 +55,7 @@ def test_experts_are_divided_by_the_ranks_that_share_them() -> None:
 
 def test_nemo_reports_what_is_planned_for_llama3_8b() -> None:
     # NVIDIA dgxc-benchmarking 741c886, llama3.1/README.md: 8 H100, TP1 CP2 DP4, bf16 gradients: memory_allocated 44,271,689,728.
-    settings = TrainSettings(8192, 32, precision="fp8", gradient_bytes=2)
+    settings = TrainSettings(8192, 32, precision="fp8-tensorwise", gradient_bytes=2)
     planned = state_bytes(LLAMA3_8B, ParallelLayout(data=4, context=2), settings, 0).total
     assert planned == pytest.approx(44_271_689_728, rel=0.005)
 

@@ -15,7 +15,8 @@ import pytest
 
 from spin_megatron.plan.duration import generation
 from spin_megatron.plan.hardware import find_gpu
-from spin_megatron.plan.memory import Precision, TrainSettings
+from spin_megatron.plan.memory import TrainSettings
+from spin_megatron.plan.precision import PrecisionName
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.plan.speed import step_time
 
@@ -54,7 +55,7 @@ class Run:
     layout: ParallelLayout
     sequence: int
     batch: int
-    precision: Precision
+    precision: PrecisionName
     seconds: float
     gpu: str = "h100-80gb"
 
@@ -70,33 +71,33 @@ def of_rate(sequence: int, batch: int, gpus: int, tokens_per_second_per_gpu: flo
 
 
 TUNED_RUNS = [
-    Run("D", LLAMA3_8B, parallel(1, 1, 4, 2), 8192, 128, "bfloat16", 12.27),
-    Run("D", LLAMA3_8B, parallel(1, 1, 64, 2), 8192, 2048, "bfloat16", 12.33),
-    Run("D", LLAMA3_8B, parallel(1, 1, 8), 4096, 32, "bfloat16", 1.32),
-    Run("D", LLAMA3_70B, parallel(4, 4, 2, 2, 5), 8192, 128, "bfloat16", 14.66),
-    Run("D", LLAMA3_70B, parallel(4, 4, 32, 2, 5), 8192, 2048, "bfloat16", 14.65),
-    Run("D", LLAMA3_70B, parallel(4, 4, 2, 1, 5), 4096, 32, "bfloat16", 3.36),  # SFT: 1,219 tokens/s/GPU
-    Run("D", LLAMA3_405B_CUT, parallel(8, 1, 2, 2), 8192, 64, "bfloat16", 5.4),
-    Run("D", LLAMA3_8B, parallel(1, 1, 4, 2), 8192, 128, "fp8", 9.33),
-    Run("D", LLAMA3_8B, parallel(1, 1, 8), 4096, 32, "fp8", 0.95),
-    Run("D", LLAMA3_70B, parallel(4, 8, 2, 1, 5), 8192, 128, "fp8", 9.86),
-    Run("D", LLAMA3_70B, parallel(4, 8, 64, 1, 5), 8192, 4096, "fp8", 10.15),
-    Run("D", LLAMA3_70B, parallel(4, 4, 2, 1, 5), 4096, 32, "fp8", 2.26),
-    Run("D", LLAMA3_405B_CUT, parallel(8, 1, 2, 2), 8192, 64, "fp8", 3.53),
-    Run("N", LLAMA2_7B, parallel(1, 1, 8), 4096, 128, "fp8", of_rate(4096, 128, 8, 16934)),
-    Run("N", LLAMA2_13B, parallel(1, 4, 4, 1, 10), 4096, 128, "fp8", of_rate(4096, 128, 16, 8715)),
-    Run("N", LLAMA2_70B, parallel(4, 4, 4, 1, 20), 4096, 128, "fp8", of_rate(4096, 128, 64, 1728)),
-    Run("N", LLAMA2_7B, parallel(1, 1, 8), 4096, 32, "fp8", of_rate(4096, 32, 8, 16891)),
-    Run("N", LLAMA2_70B, parallel(4, 4, 1), 4096, 32, "fp8", of_rate(4096, 32, 16, 1816)),
-    Run("N", LLAMA3_70B, parallel(4, 4, 2, 2, 5), 8192, 128, "fp8", of_rate(8192, 128, 64, 1524)),
-    Run("B", LLAMA3_70B, parallel(4, 4, 2, 1, 5), 4096, 32, "fp8", of_rate(4096, 32, 32, 1638)),
-    Run("B", LLAMA3_70B, parallel(4, 8, 2, 1, 5), 8192, 128, "fp8", of_rate(8192, 128, 64, 1602)),
-    Run("B", LLAMA3_8B, parallel(1, 1, 8), 8192, 128, "fp8", of_rate(8192, 128, 8, 30624), "b200-180gb"),
+    Run("D", LLAMA3_8B, parallel(1, 1, 4, 2), 8192, 128, "bf16", 12.27),
+    Run("D", LLAMA3_8B, parallel(1, 1, 64, 2), 8192, 2048, "bf16", 12.33),
+    Run("D", LLAMA3_8B, parallel(1, 1, 8), 4096, 32, "bf16", 1.32),
+    Run("D", LLAMA3_70B, parallel(4, 4, 2, 2, 5), 8192, 128, "bf16", 14.66),
+    Run("D", LLAMA3_70B, parallel(4, 4, 32, 2, 5), 8192, 2048, "bf16", 14.65),
+    Run("D", LLAMA3_70B, parallel(4, 4, 2, 1, 5), 4096, 32, "bf16", 3.36),  # SFT: 1,219 tokens/s/GPU
+    Run("D", LLAMA3_405B_CUT, parallel(8, 1, 2, 2), 8192, 64, "bf16", 5.4),
+    Run("D", LLAMA3_8B, parallel(1, 1, 4, 2), 8192, 128, "fp8-tensorwise", 9.33),
+    Run("D", LLAMA3_8B, parallel(1, 1, 8), 4096, 32, "fp8-tensorwise", 0.95),
+    Run("D", LLAMA3_70B, parallel(4, 8, 2, 1, 5), 8192, 128, "fp8-tensorwise", 9.86),
+    Run("D", LLAMA3_70B, parallel(4, 8, 64, 1, 5), 8192, 4096, "fp8-tensorwise", 10.15),
+    Run("D", LLAMA3_70B, parallel(4, 4, 2, 1, 5), 4096, 32, "fp8-tensorwise", 2.26),
+    Run("D", LLAMA3_405B_CUT, parallel(8, 1, 2, 2), 8192, 64, "fp8-tensorwise", 3.53),
+    Run("N", LLAMA2_7B, parallel(1, 1, 8), 4096, 128, "fp8-tensorwise", of_rate(4096, 128, 8, 16934)),
+    Run("N", LLAMA2_13B, parallel(1, 4, 4, 1, 10), 4096, 128, "fp8-tensorwise", of_rate(4096, 128, 16, 8715)),
+    Run("N", LLAMA2_70B, parallel(4, 4, 4, 1, 20), 4096, 128, "fp8-tensorwise", of_rate(4096, 128, 64, 1728)),
+    Run("N", LLAMA2_7B, parallel(1, 1, 8), 4096, 32, "fp8-tensorwise", of_rate(4096, 32, 8, 16891)),
+    Run("N", LLAMA2_70B, parallel(4, 4, 1), 4096, 32, "fp8-tensorwise", of_rate(4096, 32, 16, 1816)),
+    Run("N", LLAMA3_70B, parallel(4, 4, 2, 2, 5), 8192, 128, "fp8-tensorwise", of_rate(8192, 128, 64, 1524)),
+    Run("B", LLAMA3_70B, parallel(4, 4, 2, 1, 5), 4096, 32, "fp8-tensorwise", of_rate(4096, 32, 32, 1638)),
+    Run("B", LLAMA3_70B, parallel(4, 8, 2, 1, 5), 8192, 128, "fp8-tensorwise", of_rate(8192, 128, 64, 1602)),
+    Run("B", LLAMA3_8B, parallel(1, 1, 8), 8192, 128, "fp8-tensorwise", of_rate(8192, 128, 8, 30624), "b200-180gb"),
 ]
 PLAIN_RUNS = [
-    Run("C", GPT_7B, ParallelLayout(tensor=4, data=2), 8192, 8, "bfloat16", 2.587, "a100-80gb"),
-    Run("C", GPT_7B, ParallelLayout(pipeline=4, data=2, virtual_pipeline=8), 8192, 8, "bfloat16", 2.942, "a100-80gb"),
-    Run("C", GPT_7B, ParallelLayout(tensor=4, data=2), 8192, 8, "bfloat16", 1.115, "h100-80gb"),
+    Run("C", GPT_7B, ParallelLayout(tensor=4, data=2), 8192, 8, "bf16", 2.587, "a100-80gb"),
+    Run("C", GPT_7B, ParallelLayout(pipeline=4, data=2, virtual_pipeline=8), 8192, 8, "bf16", 2.942, "a100-80gb"),
+    Run("C", GPT_7B, ParallelLayout(tensor=4, data=2), 8192, 8, "bf16", 1.115, "h100-80gb"),
 ]
 
 
@@ -145,7 +146,14 @@ def test_supervised_tuning_of_70b_on_32_h100_makes_1219_tokens_a_second_and_gpu_
 def test_a_mixture_of_128_experts_is_met_within_25_percent() -> None:
     # B, 26.06: Qwen3-30B-A3B, 16 H100, EP16, FP8, batch 1024: 8,826 tokens/s/GPU.
     settings = TrainSettings(
-        4096, 64, precision="fp8", keys_per_token=2048, gradient_bytes=2, fused_gradients=True, recompute_logits=False, overlap_data=True
+        4096,
+        64,
+        precision="fp8-tensorwise",
+        keys_per_token=2048,
+        gradient_bytes=2,
+        fused_gradients=True,
+        recompute_logits=False,
+        overlap_data=True,
     )
     step = step_time(QWEN3_30B, ParallelLayout(data=16, expert=16), settings, find_gpu("h100"))
     assert step.tokens_per_second(16) == pytest.approx(8826, rel=0.25)
