@@ -170,6 +170,9 @@ class ParallelSection(Section):
     context: int = Field(1, gt=0)
     expert: int = Field(1, gt=0)
     virtual_pipeline: int = Field(1, gt=0)
+    stage_layers: tuple[int, ...] = Field(
+        (), description="layers of each stage (pipeline x virtual_pipeline numbers in the model's order); absent: equal"
+    )
 
     def layout(self) -> ParallelLayout:
         return ParallelLayout(**self.model_dump())

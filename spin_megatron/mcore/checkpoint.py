@@ -133,7 +133,7 @@ def load_training(folder: Path, trainer: Trainer, runtime: Runtime, *, recipe: M
     progress = Progress(**facts["progress"])
     sharded_weights = [_sharded_weights(chunk.module) for chunk in trainer.chunks]
     state = {**_by_chunk(sharded_weights), "optimizer": sharded_state_to_load(trainer, sharded_weights, num_updates=progress.num_updates)}
-    has_same_layout = facts["layout"] == dataclasses.asdict(runtime.layout)
+    has_same_layout = facts["layout"] == json.loads(json.dumps(dataclasses.asdict(runtime.layout)))
     if has_same_layout:
         state["rng"] = _sharded_random_state(runtime)
     loaded = _load(folder, state)

@@ -30,7 +30,7 @@ from spin_megatron.mcore.layers import SpecKind, choose_layer_spec, layer_submod
 from spin_megatron.mcore.precision import Fp8, require_fp8
 from spin_megatron.mcore.runtime import Runtime
 from spin_megatron.objective.logprobs import vocab_parallel_logprobs
-from spin_megatron.plan.shape import ModelShape
+from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.run.telemetry import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -219,6 +219,7 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        pipeline_model_parallel_layout=_stages(layout),
         sequence_parallel=layout.sequence,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
@@ -233,6 +234,14 @@ def transformer_config(
         **_recompute_settings(recompute, is_dense=is_dense),
         **({} if fp8 is None else fp8.settings()),
     )
+
+
+def _stages(layout: ParallelLayout) -> list[list[str]] | None:
+    """What each pipeline stage holds, as Megatron Core names it; None where all have as many layers."""
+    if not layout.stage_layers:
+        return None
+    stages = [["decoder"] * count for count in layout.stage_layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def has_fused_weight_gradient() -> bool:

@@ -13,12 +13,14 @@ from spin_megatron.plan.hardware import GIGA, Gpu
 from spin_megatron.plan.memory import USABLE_SHARE, RankMemory, Recompute, TrainSettings, rank_memory
 from spin_megatron.plan.precision import check_precision
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
-from spin_megatron.plan.speed import StepTime, step_time
+from spin_megatron.plan.speed import StepTime, head_time, layer_time, step_time
 
 # From fastest to smallest: the first that fits is the fastest that fits.
 RECOMPUTE_ORDER: tuple[Recompute, ...] = ("none", "selective", "full")
 # An update may hold this many times the pairs of train.global_batch_pairs before the layout is refused: it would be another recipe.
 MAX_BATCH_GROWTH = 1.25
+# Uneven stages are proposed where they are this much faster than equal ones: a list of numbers in a config is to be worth reading.
+MIN_SPLIT_GAIN = 1.01
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,17 @@ def search(question: Question, num_gpus: int, *, recompute: Recompute | None = N
     candidates: list[Candidate] = []
     refusals: list[Refusal] = []
     for layout in enumerate_layouts(question.shape, num_gpus, question.gpu):
-        outcome = try_layout(question, layout, recompute=recompute)
+        outcome, *others = (try_layout(question, variant, recompute=recompute) for variant in stage_variants(question, layout))
+        for other in others:
+            if isinstance(other, Candidate) and _is_worth_a_split(other, outcome):
+                outcome = other
         (candidates if isinstance(outcome, Candidate) else refusals).append(outcome)  # type: ignore[arg-type]
     candidates.sort(key=lambda candidate: (-candidate.pairs_per_second, candidate.memory.total))
     return Search(candidates, refusals)
+
+
+def _is_worth_a_split(uneven: Candidate, even: Candidate | Refusal) -> bool:
+    return isinstance(even, Refusal) or uneven.pairs_per_second > MIN_SPLIT_GAIN * even.pairs_per_second
 
 
 def enumerate_layouts(shape: ModelShape, num_gpus: int, gpu: Gpu) -> Iterator[ParallelLayout]:
@@ -106,6 +115,36 @@ def enumerate_layouts(shape: ModelShape, num_gpus: int, gpu: Gpu) -> Iterator[Pa
                     yield ParallelLayout(tensor, pipeline, data, tensor > 1, 1, expert, virtual_pipeline)
 
 
+def stage_variants(question: Question, layout: ParallelLayout) -> Iterator[ParallelLayout]:
+    """The layout with equal stages, where they divide the layers, and with stages that make up for the head, where those differ."""
+    is_even = question.shape.num_layers % (layout.pipeline * layout.virtual_pipeline) == 0
+    if is_even:
+        yield layout
+    if layout.pipeline == 1:
+        return
+    settings = with_workload(question.settings, question.workload, _batch(question, layout), share_prompt=question.share_prompt)
+    head, layer = (time(question.shape, layout, settings, question.gpu).total for time in (head_time, layer_time))
+    split = balanced_stages(question.shape.num_layers, layout, head_layers=head / layer)
+    if not is_even or len(set(split)) > 1:
+        yield replace(layout, stage_layers=split)
+
+
+def balanced_stages(num_layers: int, layout: ParallelLayout, *, head_layers: float) -> tuple[int, ...]:
+    """Layers of each stage that keep the slowest pipeline rank as fast as it can be (ParallelLayout.stage_layers).
+
+    Args:
+        num_layers: at least one a stage.
+        head_layers: time of the head in units of a layer's; the last rank computes it besides its layers.
+    """
+    last, virtual = layout.pipeline - 1, layout.virtual_pipeline
+    counts = [virtual] * layout.pipeline
+    for _ in range(num_layers - layout.pipeline * virtual):
+        # The least loaded rank; among equals the last, which holds fewer micro-batches' activations.
+        rank = min(range(layout.pipeline), key=lambda rank: (counts[rank] + head_layers * (rank == last), -rank))
+        counts[rank] += 1
+    return tuple(count // virtual + (chunk < count % virtual) for chunk in range(virtual) for count in counts)
+
+
 def try_layout(question: Question, layout: ParallelLayout, *, recompute: Recompute | None = None) -> Candidate | Refusal:
     """Check one layout; with its rates when it fits, with the reason when it does not."""
     try:
@@ -113,13 +152,7 @@ def try_layout(question: Question, layout: ParallelLayout, *, recompute: Recompu
         check_precision(question.settings.precision, question.shape, layout, pack_tokens=question.settings.pack_tokens)
     except ValueError as error:
         return Refusal(layout, "shape", str(error))
-    batch = plan_batch(
-        question.workload,
-        pack_tokens=question.settings.pack_tokens,
-        global_batch_pairs=question.global_batch_pairs,
-        data_parallel=layout.data,
-        share_prompt=question.share_prompt,
-    )
+    batch = _batch(question, layout)
     reason = _batch_reason(question, layout, batch)
     if reason is not None:
         return Refusal(layout, "batch", reason)
@@ -134,6 +167,16 @@ def try_layout(question: Question, layout: ParallelLayout, *, recompute: Recompu
     return Refusal(layout, "memory", memory_reason(worst, question.gpu, recompute or RECOMPUTE_ORDER[-1]))
 
 
+def _batch(question: Question, layout: ParallelLayout) -> Batch:
+    return plan_batch(
+        question.workload,
+        pack_tokens=question.settings.pack_tokens,
+        global_batch_pairs=question.global_batch_pairs,
+        data_parallel=layout.data,
+        share_prompt=question.share_prompt,
+    )
+
+
 def _batch_reason(question: Question, layout: ParallelLayout, batch: Batch) -> str | None:
     if batch.pairs_per_step > MAX_BATCH_GROWTH * question.global_batch_pairs and batch.micro_batches == 1 and layout.data > 1:
         return (
@@ -144,8 +187,9 @@ def _batch_reason(question: Question, layout: ParallelLayout, batch: Batch) -> s
 
 
 def largest_rank(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings) -> RankMemory:
-    """The pipeline rank that needs most memory: the first, the second (like all inner ones, with more in flight) or the last."""
-    ranks = sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
+    """The pipeline rank that needs most memory."""
+    # Of equal stages it is the first, the second (like all inner ones, with more in flight) or the last.
+    ranks = range(layout.pipeline) if layout.stage_layers else sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
     return max((rank_memory(shape, layout, settings, rank) for rank in ranks), key=lambda memory: memory.total)
 
 
@@ -197,7 +241,8 @@ def _fields(layout: ParallelLayout) -> str:
         "context": layout.context,
     }
     shown = [f"{name}={value}" for name, value in fields.items() if value > 1 or name in ("tensor", "pipeline", "data")]
-    return " ".join([*shown, f"sequence={str(layout.sequence).lower()}"])
+    split = [f"stage_layers=[{','.join(map(str, layout.stage_layers))}]"] if layout.stage_layers else []
+    return " ".join([*shown, f"sequence={str(layout.sequence).lower()}", *split])
 
 
 def _divisors(number: int) -> list[int]:

@@ -14,7 +14,6 @@ from spin_megatron.plan.parameters import (
     Parameter,
     build_buffer,
     chunk_parameters,
-    layers_per_chunk,
     padded_vocab,
     rank_parameters,
     split_by_kind,
@@ -235,7 +234,8 @@ def activation_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainS
     tokens = settings.pack_tokens / layout.context
     widths = layer_widths(shape, layout, settings)
     in_flight = chunks_in_flight(layout, pipeline_rank, settings.micro_batches)
-    kept = in_flight * layers_per_chunk(shape, layout) * tokens * widths.token_bytes(element, settings.recompute)
+    layers_per_chunk = layout.layers_of_rank(shape.num_layers, pipeline_rank) / layout.virtual_pipeline
+    kept = in_flight * layers_per_chunk * tokens * widths.token_bytes(element, settings.recompute)
     kept += tokens * widths.recomputed_bytes(element, settings.recompute)
     if not settings.fused_gradients:
         # The largest matrix's gradient in bf16, before it is added to the fp32 buffer.

@@ -38,11 +38,6 @@ def padded_vocab(shape: ModelShape, tensor: int) -> int:
     return math.ceil(shape.vocab_size / tensor) * tensor
 
 
-def layers_per_chunk(shape: ModelShape, layout: ParallelLayout) -> int:
-    """Layers of one model chunk: a pipeline rank holds `virtual_pipeline` chunks."""
-    return shape.num_layers // (layout.pipeline * layout.virtual_pipeline)
-
-
 def chunk_parameters(shape: ModelShape, layout: ParallelLayout, pipeline_rank: int, chunk: int = 0) -> list[Parameter]:
     """Parameters of one model chunk of a rank, in the order of `named_parameters()`. All tensor ranks hold the same sizes.
 
@@ -57,7 +52,7 @@ def chunk_parameters(shape: ModelShape, layout: ParallelLayout, pipeline_rank: i
     parameters = []
     if is_first:
         parameters.append(Parameter("embedding.word_embeddings.weight", vocab_numel, is_shared=is_shared))
-    for layer in range(layers_per_chunk(shape, layout)):
+    for layer in range(layout.layers_of_chunk(shape.num_layers, pipeline_rank, chunk)):
         parameters += _layer(shape, layout, f"decoder.layers.{layer}")
     if is_last:
         parameters.append(Parameter("decoder.final_layernorm.weight", shape.hidden_size))

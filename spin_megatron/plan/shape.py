@@ -127,7 +127,11 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a model is spread over ranks. data counts the model's copies; experts are spread over data x context ranks."""
+    """How a model is spread over ranks. data counts the model's copies; experts are spread over data x context ranks.
+
+    stage_layers: layers of each pipeline stage in the model's order, first to last; with virtual stages those of pipeline rank 0, 1,
+    ... first chunks, then of their second chunks, and so on. Empty: all stages have as many.
+    """
 
     tensor: int = 1
     pipeline: int = 1
@@ -136,11 +140,22 @@ class ParallelLayout:
     context: int = 1
     expert: int = 1
     virtual_pipeline: int = 1
+    stage_layers: tuple[int, ...] = ()
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.tensor * self.pipeline * self.data * self.context
+
+    def layers_of_chunk(self, num_layers: int, pipeline_rank: int, chunk: int = 0) -> int:
+        """Layers of one model chunk of a pipeline rank; a rank holds `virtual_pipeline` chunks."""
+        if self.stage_layers:
+            return self.stage_layers[chunk * self.pipeline + pipeline_rank]
+        return num_layers // (self.pipeline * self.virtual_pipeline)
+
+    def layers_of_rank(self, num_layers: int, pipeline_rank: int) -> int:
+        """Layers of all chunks of a pipeline rank."""
+        return sum(self.layers_of_chunk(num_layers, pipeline_rank, chunk) for chunk in range(self.virtual_pipeline))
 
     def check(self, shape: ModelShape) -> None:
         """Refuse a layout that does not divide the model.
@@ -155,13 +170,7 @@ class ParallelLayout:
             found = f"parallel.context={self.context} (config.toml [parallel])"
             raise ValueError(f"{found}: packed pairs are not split over context ranks; use 1, and more tensor for longer packs.")
         self._check_tensor(shape)
-        stages = self.pipeline * self.virtual_pipeline
-        if shape.num_layers % stages:
-            choices = _listed(n for n in range(1, shape.num_layers + 1) if shape.num_layers % (n * self.virtual_pipeline) == 0)
-            raise ValueError(
-                f"parallel.pipeline={self.pipeline} x parallel.virtual_pipeline={self.virtual_pipeline} does not divide "
-                f"model.num_layers={shape.num_layers} (config.toml [parallel]); use parallel.pipeline {choices}."
-            )
+        self._check_stages(shape)
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             found = f"parallel.virtual_pipeline={self.virtual_pipeline}"
             raise ValueError(f"{found} needs parallel.pipeline > 1 (config.toml [parallel]); use 1.")
@@ -177,6 +186,24 @@ class ParallelLayout:
             f"parallel.tensor={self.tensor} does not divide model.num_heads={shape.num_heads} and the FFN's {_ffn(shape)}, or is neither "
             f"divisor nor multiple of model.num_kv_heads={shape.num_kv_heads} (config.toml [parallel]); use {choices}."
         )
+
+    def _check_stages(self, shape: ModelShape) -> None:
+        stages = self.pipeline * self.virtual_pipeline
+        if self.stage_layers:
+            if len(self.stage_layers) == stages and sum(self.stage_layers) == shape.num_layers and min(self.stage_layers) > 0:
+                return
+            raise ValueError(
+                f"parallel.stage_layers={list(self.stage_layers)} has {len(self.stage_layers)} entries that add up to "
+                f"{sum(self.stage_layers)} (config.toml [parallel]); give parallel.pipeline={self.pipeline} x "
+                f"parallel.virtual_pipeline={self.virtual_pipeline} positive numbers that add up to model.num_layers={shape.num_layers}."
+            )
+        if shape.num_layers % stages:
+            choices = _listed(n for n in range(1, shape.num_layers + 1) if shape.num_layers % (n * self.virtual_pipeline) == 0)
+            raise ValueError(
+                f"parallel.pipeline={self.pipeline} x parallel.virtual_pipeline={self.virtual_pipeline} does not divide "
+                f"model.num_layers={shape.num_layers} (config.toml [parallel]); say in parallel.stage_layers how many layers each stage "
+                f"has, or use parallel.pipeline {choices}."
+            )
 
     def _check_expert(self, shape: ModelShape) -> None:
         if self.expert == 1:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from spin_megatron.plan.hardware import Gpu
 from spin_megatron.plan.memory import FLOAT32_BYTES, Recompute, TrainSettings, expert_data_ranks, scheduled_batches, state_bytes
-from spin_megatron.plan.parameters import chunk_parameters, layers_per_chunk, padded_vocab, rank_parameters, split_by_kind
+from spin_megatron.plan.parameters import chunk_parameters, padded_vocab, rank_parameters, split_by_kind
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 
 # Shares of the data sheet's peak, fitted to the published runs.
@@ -137,7 +137,7 @@ def _layer_work(shape: ModelShape) -> tuple[float, float]:
 
 def _held_matrix_elements(shape: ModelShape, layout: ParallelLayout) -> float:
     """Elements of one layer's matrices on a rank: their gradients are added to the buffer each micro-batch."""
-    one_layer = replace(layout, pipeline=shape.num_layers, virtual_pipeline=1)
+    one_layer = replace(layout, pipeline=shape.num_layers, virtual_pipeline=1, stage_layers=())
     return sum(p.numel for p in chunk_parameters(shape, one_layer, 0) if p.name.startswith("decoder.layers"))
 
 
@@ -214,8 +214,8 @@ def head_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings
 def stage_times(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> list[PassTime]:
     """One micro-batch on each pipeline rank: its layers, and on the last rank the head."""
     layer = layer_time(shape, layout, settings, gpu)
-    count = layers_per_chunk(shape, layout) * layout.virtual_pipeline
-    stages = [PassTime(count * layer.forward, count * layer.backward, count * layer.communication)] * layout.pipeline
+    counts = [layout.layers_of_rank(shape.num_layers, rank) for rank in range(layout.pipeline)]
+    stages = [PassTime(count * layer.forward, count * layer.backward, count * layer.communication) for count in counts]
     head = head_time(shape, layout, settings, gpu)
     last = stages[-1]
     stages[-1] = PassTime(last.forward + head.forward, last.backward + head.backward, last.communication + head.communication)

@@ -63,7 +63,7 @@ def _layouts_table(plan: Plan, top: int) -> Table:
         layout, step = candidate.layout, candidate.step
         table.add_row(
             f"{layout.tensor}{' SP' if layout.sequence else ''}",
-            str(layout.pipeline),
+            f"{layout.pipeline}{' uneven' if layout.stage_layers else ''}",
             str(layout.virtual_pipeline),
             str(layout.data),
             str(layout.expert),

@@ -50,7 +50,7 @@ class Case:
 
 CASES = {
     "adamw, dp, distributed": Case("llama2", replace(ADAMW, is_distributed=True), ParallelLayout(data=4)),
-    "rmsprop, tp and pp": Case("qwen3_tied", RMSPROP, ParallelLayout(tensor=2, pipeline=2)),
+    "rmsprop, tp and uneven pp": Case("qwen3_tied", RMSPROP, ParallelLayout(tensor=2, pipeline=2, stage_layers=(3, 1))),
     "rmsprop, tp, distributed, bf16": Case(
         "llama2", replace(RMSPROP, is_distributed=True), ParallelLayout(tensor=2, data=2), torch.bfloat16
     ),
@@ -59,9 +59,9 @@ CASES = {
 }
 # Where each fp32 case is loaded again: (case, layout, with the distributed optimizer).
 ELSEWHERE = (
-    ("adamw, dp, distributed", ParallelLayout(tensor=2, pipeline=2), False),
+    ("adamw, dp, distributed", ParallelLayout(tensor=2, pipeline=2, stage_layers=(1, 3)), False),
     ("adamw, dp, distributed", ParallelLayout(tensor=4), False),
-    ("rmsprop, tp and pp", ParallelLayout(data=4), True),
+    ("rmsprop, tp and uneven pp", ParallelLayout(data=4), True),
     ("adamw, virtual pp, tied", ParallelLayout(tensor=2, data=2, sequence=True), True),
     ("rmsprop, experts, distributed", ParallelLayout(pipeline=2, data=2), False),
 )

@@ -36,10 +36,14 @@ QWEN3_MOE = replace(  # Qwen3-30B-A3B, cut from 48 to 8 layers: 128 experts a la
 CASES = [
     pytest.param(LLAMA2_7B, ParallelLayout(tensor=2, pipeline=2), id="Llama-2-7B TP2 PP2"),
     pytest.param(LLAMA3_8B, ParallelLayout(), id="Llama-3-8B one rank"),
-    pytest.param(LLAMA3_8B, ParallelLayout(tensor=4, pipeline=2, sequence=True, virtual_pipeline=4), id="Llama-3-8B TP4 PP2 VP4"),
+    pytest.param(
+        LLAMA3_8B,
+        ParallelLayout(tensor=4, pipeline=2, sequence=True, virtual_pipeline=4, stage_layers=(5, 4, 4, 4, 4, 4, 4, 3)),
+        id="Llama-3-8B TP4 PP2 VP4, uneven",
+    ),
     pytest.param(LLAMA3_70B, ParallelLayout(tensor=4, pipeline=4, data=2, sequence=True, virtual_pipeline=5), id="Llama-3-70B TP4 PP4 VP5"),
     pytest.param(LLAMA3_1B, ParallelLayout(tensor=2), id="tied, one stage"),
-    pytest.param(LLAMA3_1B, ParallelLayout(tensor=2, pipeline=4), id="tied, four stages"),
+    pytest.param(LLAMA3_1B, ParallelLayout(tensor=2, pipeline=4, stage_layers=(4, 5, 4, 3)), id="tied, four uneven stages"),
     pytest.param(QWEN2_05B, ParallelLayout(tensor=2, pipeline=2), id="Qwen2 biases"),
     pytest.param(QWEN3_8B, ParallelLayout(tensor=8, pipeline=3), id="Qwen3 norms of heads"),
     pytest.param(MIXTRAL, ParallelLayout(tensor=2, pipeline=2, data=4, expert=4), id="Mixtral TP2 EP4"),

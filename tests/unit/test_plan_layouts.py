@@ -13,7 +13,19 @@ from spin_megatron.config import load_config
 from spin_megatron.plan.command import check_config_fits
 from spin_megatron.plan.duration import Workload
 from spin_megatron.plan.hardware import find_gpu
-from spin_megatron.plan.layouts import Candidate, Question, Refusal, check_fits, enumerate_layouts, search, try_layout, usable_bytes
+from spin_megatron.plan.layouts import (
+    Candidate,
+    Question,
+    Refusal,
+    balanced_stages,
+    check_fits,
+    describe,
+    enumerate_layouts,
+    search,
+    stage_variants,
+    try_layout,
+    usable_bytes,
+)
 from spin_megatron.plan.memory import TrainSettings, all_ranks
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 
@@ -113,6 +125,44 @@ def test_context_ranks_are_refused_since_pairs_are_not_split() -> None:
     outcome = try_layout(question(), ParallelLayout(tensor=8, pipeline=2, context=2, sequence=True))
     assert isinstance(outcome, Refusal)
     assert outcome.reason.startswith("parallel.context=2 (config.toml [parallel]): packed pairs are not split over context ranks")
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layout", "head_layers", "stages"),
+    [
+        # 80 layers and a head of 1.6: the mean is 20.4, so one inner rank takes 21 and the last, with the head, 20.6.
+        (80, ParallelLayout(pipeline=4), 1.6, (20, 20, 21, 19)),
+        (32, ParallelLayout(pipeline=4), 2.4, (8, 9, 9, 6)),
+        (30, ParallelLayout(pipeline=4), 0.0, (7, 7, 8, 8)),
+        # Nine layers on the first rank, seven and the head on the second, each rank's from its first chunk to its last.
+        (16, ParallelLayout(pipeline=2, virtual_pipeline=4), 2.0, (3, 2, 2, 2, 2, 2, 2, 1)),
+        (4, ParallelLayout(pipeline=4), 9.0, (1, 1, 1, 1)),
+    ],
+)
+def test_stages_make_up_for_the_head(num_layers: int, layout: ParallelLayout, head_layers: float, stages: tuple[int, ...]) -> None:
+    assert balanced_stages(num_layers, layout, head_layers=head_layers) == stages
+
+
+def test_layers_that_stages_do_not_divide_are_planned_too_and_the_balanced_split_is_the_faster_one() -> None:
+    asked = question(replace(LLAMA3_8B, num_layers=30))
+    (only,) = stage_variants(asked, ParallelLayout(tensor=2, pipeline=4, sequence=True))
+    assert sum(only.stage_layers) == 30
+    even, balanced = stage_variants(question(LLAMA3_8B), ParallelLayout(tensor=2, pipeline=4, sequence=True))
+    assert (even.stage_layers, balanced.stage_layers) == ((), (8, 9, 9, 6))
+    slow, fast = (try_layout(question(LLAMA3_8B), layout) for layout in (even, balanced))
+    assert isinstance(slow, Candidate)
+    assert isinstance(fast, Candidate)
+    assert fast.step.total < slow.step.total
+    assert fast.step.imbalance < slow.step.imbalance
+    assert "stage_layers=[" in describe(fast)
+    assert "stage_layers" not in describe(slow)
+
+
+def test_uneven_stages_are_proposed_only_where_they_are_worth_a_list_of_numbers() -> None:
+    found = {(c.layout.tensor, c.layout.pipeline, c.layout.virtual_pipeline): c for c in search(question(), 32).candidates}
+    assert found[8, 4, 10].layout.stage_layers == (), "0.2% faster with another split"
+    uneven = [c.layout for c in search(question(LLAMA3_8B), 16).candidates if c.layout.stage_layers]
+    assert any(layout.pipeline == 8 for layout in uneven), "a head of two layers beside stages of four"
 
 
 def test_data_ranks_that_make_the_batch_another_recipe_are_refused() -> None:

@@ -10,7 +10,6 @@ from spin_megatron.plan.parameters import (
     build_buffer,
     chunk_parameters,
     count_parameters,
-    layers_per_chunk,
     padded_vocab,
     rank_parameters,
     split_by_kind,
@@ -48,7 +47,7 @@ def test_a_tied_head_is_counted_once_in_one_stage_and_twice_in_two() -> None:
 
 def test_virtual_stages_put_the_embedding_first_and_the_head_last() -> None:
     layout = ParallelLayout(pipeline=2, virtual_pipeline=2)
-    assert layers_per_chunk(SMALL, layout) == 1
+    assert layout.layers_of_chunk(SMALL.num_layers, 0) == 1
     chunks = [chunk for rank in (0, 1) for chunk in rank_parameters(SMALL, layout, rank)]
     ends = [[p.name for p in chunk if not p.name.startswith("decoder.layers")] for chunk in chunks]
     assert ends == [["embedding.word_embeddings.weight"], [], [], ["decoder.final_layernorm.weight", "output_layer.weight"]]

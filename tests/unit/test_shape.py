@@ -200,8 +200,12 @@ def test_a_layout_that_divides_the_model_is_taken_and_counts_its_ranks() -> None
     ("layout", "message"),
     [
         (ParallelLayout(tensor=3), r"parallel.tensor=3 does not divide model.num_heads=32.*use 1, 2, 4, 8, 16 or 32\.$"),
-        (ParallelLayout(pipeline=3), r"parallel.pipeline=3 .* model.num_layers=32.*use parallel.pipeline 1, 2, 4, 8, 16 or 32\.$"),
+        (ParallelLayout(pipeline=3), r"parallel.pipeline=3 .* model.num_layers=32.* parallel.stage_layers .* 1, 2, 4, 8, 16 or 32\.$"),
         (ParallelLayout(pipeline=4, virtual_pipeline=16), r"model.num_layers=32.*use parallel.pipeline 1 or 2\.$"),
+        (ParallelLayout(pipeline=2, stage_layers=(16, 15)), r"parallel.stage_layers=\[16, 15\] has 2 entries that add up to 31 .*=32"),
+        (ParallelLayout(pipeline=2, stage_layers=(16, 8, 8)), r"has 3 entries .* give parallel.pipeline=2 x parallel.virtual_pipeline=1"),
+        (ParallelLayout(pipeline=2, stage_layers=(32, 0)), "positive numbers"),
+        (ParallelLayout(stage_layers=(16, 16)), "parallel.pipeline=1 x"),
         (ParallelLayout(virtual_pipeline=2), "parallel.virtual_pipeline=2 needs parallel.pipeline > 1"),
         (ParallelLayout(sequence=True), "parallel.sequence=true"),
         (ParallelLayout(expert=2, data=2), "parallel.expert=2 but family llama has no experts"),
