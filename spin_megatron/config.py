@@ -1,19 +1,14 @@
-"""The settings of a run: one TOML file, strict pydantic sections, no torch.
+"""The settings of a run: strict pydantic sections, no torch. `config_file` reads them from a TOML file.
 
-Unknown keys are refused with their path; `--set section.key=value` is the only override. Settings that may change from
-one SPIN iteration to the next take a list whose last value repeats; `RunConfig.at(t)` gives the scalars of iteration t.
-A started run reads its frozen run.json (`RunConfig.from_json`), never the TOML again.
+Settings that may change from one SPIN iteration to the next take a list whose last value repeats; `RunConfig.at(t)` gives the
+scalars of iteration t. A started run reads its frozen run.json (`RunConfig.from_json`), never the TOML again.
 """
 
-import difflib
-import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from spin_megatron.plan.precision import PRECISIONS, REFUSED, PrecisionName
 from spin_megatron.plan.shape import ParallelLayout
@@ -244,7 +239,7 @@ class IterationConfig:
 
 
 class RunConfig(Section):
-    """All sections. Build it with `load_config` or `RunConfig.from_json`."""
+    """All sections. Build it with `config_file.load_config` or `RunConfig.from_json`."""
 
     run: RunSection = RunSection()
     model: ModelSection
@@ -307,87 +302,6 @@ class RunConfig(Section):
 
 def _at(value: Value | list[Value], iteration: int) -> Value:
     return value[min(iteration, len(value) - 1)] if isinstance(value, list) else value
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a TOML file, apply `section.key=value` overrides and check it.
-
-    model.path and data.source are taken relative to the file's folder when something is there, and become absolute.
-
-    Raises:
-        ValueError: the file is missing or not TOML, a key is unknown, a value has the wrong type or breaks a rule.
-            The message names the file, the key and what to do.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); give the path of a TOML config, e.g. one below examples/.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}.") from error
-    for override in overrides:
-        apply_override(values, override)
-    for section, key in (("model", "path"), ("data", "source")):
-        _make_absolute(values, section, key, path.parent)
-    return validate_config(values, origin=str(path))
-
-
-def validate_config(values: dict[str, Any], *, origin: str) -> RunConfig:
-    """Check plain values against the schema; every problem is reported, with its key.
-
-    Raises:
-        ValueError: as `load_config`.
-    """
-    try:
-        # JSON mode: strict types, but lists and paths need no Python-specific classes.
-        return RunConfig.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise ValueError(f"{origin} is not a valid config:\n" + "\n".join(_describe(problem) for problem in error.errors())) from error
-
-
-def _describe(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        section: Any = RunConfig
-        for part in location[:-1]:
-            section = (
-                SlurmStageSection if section is SlurmSection.model_fields["stages"].annotation else section.model_fields[part].annotation
-            )
-        close = difflib.get_close_matches(location[-1], section.model_fields, n=1)
-        hint = f"did you mean {close[0]}? The" if close else "the"
-        return f"  {key}: unknown key; {hint} keys here are {', '.join(section.model_fields)}."
-    if problem["type"] == "missing":
-        return f"  {key}: missing; add it to the config or give --set {key}=VALUE."
-    if problem["type"] == "value_error":
-        return f"  {problem['ctx']['error']}"
-    return f"  {key}: {problem['msg']} (found {problem['input']!r})."
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """`section.key=value`; value is TOML (0.1, true, [1, 2]) and otherwise a plain string."""
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or len(parts) < 2:
-        raise ValueError(f"--set {override!r} is not of the form section.key=value, e.g. --set parallel.tensor=2.")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    table = values
-    for part in parts[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise ValueError(f"--set {override!r}: {part!r} is a value, not a section.")
-    table[parts[-1]] = value
-
-
-def _make_absolute(values: dict[str, Any], section: str, key: str, folder: Path) -> None:
-    table = values.get(section)
-    if not isinstance(table, dict) or not isinstance(table.get(key), str):
-        return
-    local = (folder / Path(table[key]).expanduser()).resolve()
-    if local.exists() or table[key].startswith((".", "/", "~")):
-        table[key] = str(local)
 
 
 def flat_settings(config: RunConfig, sections: Sequence[str]) -> dict[str, Any]:

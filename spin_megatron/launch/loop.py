@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from spin_megatron.config import RunConfig, StageName, apply_override, flat_settings, load_config, validate_config
+from spin_megatron.config import RunConfig, StageName, flat_settings
+from spin_megatron.config_file import apply_override, load_config, validate_config
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
 from spin_megatron.pipeline import STAGES, StageRef, folder_of, line, log_folder, made_in, redo, require_current
 from spin_megatron.plan.command import check_config_fits

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spin_megatron.config import RunConfig, load_config
+from spin_megatron.config import RunConfig
+from spin_megatron.config_file import load_config
 from spin_megatron.plan.duration import IterationTime, RunSettings, Storage, Workload, engine_tensor, gpu_hours, run_time
 from spin_megatron.plan.hardware import GIGA, GPUS, Gpu, find_gpu
 from spin_megatron.plan.layouts import Candidate, Question, Refusal, Search, check_fits, describe, search, try_layout

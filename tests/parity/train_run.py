@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from spin_megatron.config import RunConfig, validate_config
+from spin_megatron.config import RunConfig
+from spin_megatron.config_file import validate_config
 from spin_megatron.data.batches import pair_tokens
 from spin_megatron.data.packing import plan_packs
 from spin_megatron.run.layout import RunLayout

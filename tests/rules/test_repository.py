@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from spin_megatron.config import load_config
+from spin_megatron.config_file import load_config
 from tests.rules.sources import REPOSITORY, imports, package_sources, report, text_files
 
 # Written in parts, so that this file does not break its own rules.

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from spin_megatron.config import RunConfig, load_config
+from spin_megatron.config import RunConfig
+from spin_megatron.config_file import load_config
 
 MINIMAL = '[model]\npath = "org/model"\nrevision = "abc"\n[data]\nsource = "org/data"\nrevision = "def"\n[train]\npack_tokens = 4096\n'
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_megatron.config import load_config
+from spin_megatron.config_file import load_config
 from spin_megatron.pipeline import StageRef, execute
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest, verify_outputs, write_text

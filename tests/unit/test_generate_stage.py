@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from spin_megatron.config import RunConfig, validate_config
+from spin_megatron.config import RunConfig
+from spin_megatron.config_file import validate_config
 from spin_megatron.generation import hf_loop
 from spin_megatron.generation.hf_loop import HfLoop
 from spin_megatron.run.layout import RunLayout

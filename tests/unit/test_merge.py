@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spin_megatron.config import RunConfig, validate_config
+from spin_megatron.config import RunConfig
+from spin_megatron.config_file import validate_config
 from spin_megatron.data.leaks import Sample
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spin_megatron.config import RunConfig, load_config
+from spin_megatron.config import RunConfig
+from spin_megatron.config_file import load_config
 from spin_megatron.pipeline import STAGES, StageRef, execute, folder_of, line, redo, require_current, settings_of, state_of
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held

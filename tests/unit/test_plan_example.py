@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spin_megatron.config import load_config
+from spin_megatron.config_file import load_config
 from spin_megatron.plan.command import check_config_fits, model_shape
 from spin_megatron.plan.parameters import count_parameters
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spin_megatron.config import load_config
+from spin_megatron.config_file import load_config
 from spin_megatron.plan.command import check_config_fits
 from spin_megatron.plan.duration import Workload
 from spin_megatron.plan.hardware import find_gpu

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from spin_megatron.config import RunConfig, validate_config
+from spin_megatron.config import RunConfig
+from spin_megatron.config_file import validate_config
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.records import PromptRow, read_rows
 from spin_megatron.stages import prepare

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from spin_megatron.config import RunConfig, load_config
+from spin_megatron.config import RunConfig
+from spin_megatron.config_file import load_config
 from spin_megatron.plan.command import check_config_fits
 
 FOLDER = Path(__file__).parents[2] / "examples" / "zephyr_7b"
