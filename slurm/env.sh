@@ -14,6 +14,13 @@ export SPIN_RANK_PYTHON="${SPIN_RANK_PYTHON:-$SPIN_PYTHON}"
 # pyxis wants the image path with a leading / or ./, and unpacks it once a node.
 export SPIN_SRUN_OPTIONS="${SPIN_SRUN_OPTIONS:-}"
 
+# An engine of another environment ([generate] engine = "trtllm-engine", "trtllm-torch" or "vllm"): further srun options of its steps,
+# shell-quoted, and its Python inside them. The host's SPIN_PYTHON drives it. With pyxis and enroot, for example:
+#   SPIN_ENGINE_SRUN_OPTIONS="--container-image=/images/trtllm-1.2.1.sqsh --container-mounts=/lustre:/lustre --no-container-mount-home"
+# The config's [generate.environment] says the same for one run; its launcher, where it has one, replaces srun and these options.
+export SPIN_ENGINE_SRUN_OPTIONS="${SPIN_ENGINE_SRUN_OPTIONS:-}"
+export SPIN_ENGINE_PYTHON="${SPIN_ENGINE_PYTHON:-}"
+
 # Environment modules, if the cluster has them:
 #   module purge; module load cuda/13.0
 

@@ -4,6 +4,7 @@ Settings that may change from one SPIN iteration to the next take a list whose l
 scalars of iteration t. A started run reads its frozen run.json (`RunConfig.from_json`), never the TOML again.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
@@ -70,6 +71,26 @@ class DataSection(Section):
     window: int | list[int] = Field(2, description="train on the pairs of this many iterations, newest included; per iteration")
 
 
+class EnvironmentSection(Section):
+    """[generate.environment]: where an engine that cannot share our Python is started. It changes no answer.
+
+    The command is launcher, prefix, python, the worker's script, its job: all lists of words, no shell in between. `submit` fills an
+    empty launcher with srun and what slurm/env.sh says (SPIN_ENGINE_SRUN_OPTIONS, SPIN_ENGINE_PYTHON).
+    """
+
+    python: str = Field("python3", min_length=1, description="the interpreter in which the engine is installed")
+    prefix: list[str] = Field(default_factory=list, description='before it, e.g. ["apptainer", "exec", "--nv", "/images/trtllm.sif"]')
+    launcher: list[str] = Field(default_factory=list, description="before that: starts {ranks} processes, e.g. srun with its options")
+    variables: list[str] = Field(default_factory=list, description='NAME=VALUE for its environment, e.g. ["NCCL_DEBUG=WARN"]')
+
+    @model_validator(mode="after")
+    def _check_words(self) -> Self:
+        for variable in self.variables:
+            if not re.fullmatch(r"[A-Za-z_]\w*=.*", variable, re.DOTALL):
+                raise ValueError(f"generate.environment.variables: {variable!r} is not of the form NAME=VALUE.")
+        return self
+
+
 class GenerateSection(Section):
     """[generate]: how theta_t answers."""
 
@@ -82,6 +103,7 @@ class GenerateSection(Section):
     num_shards: int = Field(1, gt=0)
     rows_per_part: int = Field(64, gt=0, description="a part file is written each time this many answers are finished")
     options: dict[str, str | int | float | bool] = Field(default_factory=dict, description="settings of the chosen engine")
+    environment: EnvironmentSection = EnvironmentSection()
 
 
 class QualitySection(Section):

@@ -46,11 +46,11 @@ def _decides_the_model(name: str) -> bool:
     return name.endswith(".safetensors") or name == "config.json"
 
 
-def engine_identity(spec: EngineSpec, *, engine: str, runtime: Mapping[str, str], run_options: frozenset[str]) -> dict[str, Any]:
+def engine_identity(spec: EngineSpec, *, engine: str, runtime: Mapping[str, Any], run_options: frozenset[str]) -> dict[str, Any]:
     """What a built engine is made from.
 
     Args:
-        runtime: versions and hardware it is tied to.
+        runtime: versions and hardware it is tied to, and what was chosen because of them.
         run_options: options that only say how the engine is run; they, and the cache's place, do not make another engine.
     """
     settings = {f"options.{name}": value for name, value in sorted(spec.options.items()) if name not in run_options | {CACHE_OPTION}}

@@ -27,6 +27,8 @@ PROVIDERS: dict[str, str] = {
     "trtllm-torch": "spin_megatron.generation.trtllm:TORCH",
     "vllm": "spin_megatron.generation.vllm:PROVIDER",
 }
+# Engines whose model runs in another environment: the process of their stage drives a worker, and needs neither torch nor a GPU.
+EXTERNAL = frozenset({"trtllm-engine", "trtllm-torch", "vllm"})
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,27 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Environment:
+    """[generate.environment]: how an interpreter with another engine's packages is started. It is no part of what an engine is.
+
+    The words of a command are launcher, prefix, python; launcher starts {ranks} processes, and is empty for plain ones of this machine.
+    variables: NAME=VALUE.
+    """
+
+    python: str = "python3"
+    prefix: tuple[str, ...] = ()
+    launcher: tuple[str, ...] = ()
+    variables: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """What an engine is made from; equal specs and equal weights make equal engines.
 
     model: Hugging Face folder of theta_t. dtype: "float32" or "bfloat16". batch_size: rows computed at a time.
     max_prompt_tokens, max_new_tokens: limits of every request. options: settings of one engine alone.
     prompt_files: the run's own prompts, for engines that are sized or calibrated by them.
+    environment: where an engine of another environment is started.
     """
 
     model: Path
@@ -81,6 +98,7 @@ class EngineSpec:
     max_new_tokens: int
     options: Mapping[str, Any] = field(default_factory=dict)
     prompt_files: tuple[Path, ...] = ()
+    environment: Environment = Environment()
 
 
 class Engine(Protocol):
@@ -103,12 +121,20 @@ class Engine(Protocol):
         ...
 
 
+def _nothing_to_examine(_options: Mapping[str, Any], _environment: Environment, _folder: Path) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Provider:
-    """How an engine is built and loaded; see the module's docstring."""
+    """How an engine is built and loaded; see the module's docstring.
+
+    examine(options, environment, folder): says what would run, before there is a model; refuses what cannot. `folder` is for logs.
+    """
 
     build: Callable[[EngineSpec, Path], dict[str, Any]]
     load: Callable[[EngineSpec, Path, Path], Engine]
+    examine: Callable[[Mapping[str, Any], Environment, Path], str] = _nothing_to_examine
 
 
 def provider(name: str) -> Provider:
@@ -124,13 +150,13 @@ def provider(name: str) -> Provider:
     return found
 
 
-def check_options(spec: EngineSpec, engine: str, *, known: Collection[str]) -> None:
+def check_options(options: Mapping[str, Any], engine: str, *, known: Collection[str]) -> None:
     """Refuse options the engine does not have.
 
     Raises:
         ValueError: naming them and those there are.
     """
-    unknown = sorted(set(spec.options) - set(known))
+    unknown = sorted(set(options) - set(known))
     if unknown:
         has = ", ".join(sorted(known)) or "none"
         raise ValueError(f"{unknown} (config.toml [generate.options]) are no options of engine {engine!r}, which has: {has}.")

@@ -6,19 +6,22 @@ rows are all there; its exit code is not believed, since launchers lose it. Chun
 again by the next one: an answer is never made twice.
 """
 
+import ctypes
 import json
 import logging
 import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from spin_megatron.generation.engine import EngineSpec, Prompt, Sampling, check_prompts
+from spin_megatron.generation.engine import EngineSpec, Environment, Prompt, Sampling, check_prompts
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.manifest import write_json, write_text
 from spin_megatron.run.records import FinishReason, GeneratedRow, TokenIds
@@ -29,43 +32,49 @@ SCHEMA = 1
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30.0
 _TOLD_LINES = 20
-# What must not reach the worker's environment: our Python's paths and thread count, and TensorRT-LLM's own engine cache, which
-# is keyed by the model's path and would hand out the engine of an earlier iteration.
-_UNSET = ("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS", "TLLM_LLMAPI_BUILD_CACHE", "TLLM_LLMAPI_BUILD_CACHE_ROOT")
+_NOT_FOUND = 127  # of env: there is no such program
+# What must not reach the worker's environment: our Python's paths and thread count; TensorRT-LLM's own engine cache, which is keyed
+# by the model's path and would hand out the engine of an earlier iteration; and a batch job's own shape, which srun takes for its step's.
+_UNSET = (
+    *("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS", "TLLM_LLMAPI_BUILD_CACHE", "TLLM_LLMAPI_BUILD_CACHE_ROOT"),
+    *("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK"),
+)
+_PR_SET_PDEATHSIG = 1
+
+
+class WorkerFailed(RuntimeError):
+    """A worker ended without doing its job."""
 
 
 @dataclass(frozen=True)
 class WorkerCommand:
     """How a worker script is started.
 
-    words: the command before the script (container, launcher, python). settings: NAME=VALUE for its environment.
+    ranks: processes that the environment's launcher starts. starter: words before the interpreter that tie them together.
+    settings: NAME=VALUE for its environment.
     no_progress_seconds: a worker that shows nothing new for so long is ended (a lost rank leaves others waiting for ever).
     """
 
-    words: tuple[str, ...]
+    environment: Environment
     script: Path
+    ranks: int = 1
+    starter: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     no_progress_seconds: float = 3600.0
 
     def line(self, job: Path) -> list[str]:
+        """The argument list.
+
+        Raises:
+            ValueError: the script's path has spaces and there is a starter, whose shell would split it.
+        """
+        if self.starter and len(str(self.script).split()) != 1:
+            raise ValueError(f"{self.script}: {self.starter[0]} splits paths at spaces; install spin_megatron in a folder without any.")
         unset = [word for name in _UNSET for word in ("-u", name)]
-        return ["env", *unset, *self.settings, *self.words, str(self.script), str(job)]
-
-
-def worker_words(template: str, *, ranks: int, option: str) -> tuple[str, ...]:
-    """Split a command line from the config; {ranks} stands for the number of GPUs.
-
-    Raises:
-        ValueError: it is empty, has another placeholder, or is not a shell-quoted line.
-    """
-    try:
-        words = tuple(word.format(ranks=ranks) for word in shlex.split(template))
-    except (ValueError, KeyError, IndexError) as error:
-        problem = f"generate.options.{option}={template!r} is no command line ({error!r})"
-        raise ValueError(f"{problem}; {{ranks}} is its one placeholder.") from None
-    if not words:
-        raise ValueError(f"generate.options.{option} is empty; give the Python of the engine's environment, e.g. 'python3'.")
-    return words
+        launcher = [word.replace("{ranks}", str(self.ranks)) for word in self.environment.launcher]
+        words = [*launcher, *self.environment.prefix, *self.starter, self.environment.python, str(self.script)]
+        # The worker reads its job's path back from this form, which no shell splits.
+        return ["env", *unset, *self.settings, *self.environment.variables, *words, quote(str(job))]
 
 
 class Worker:
@@ -79,22 +88,35 @@ class Worker:
         self._log = folder / "worker.log"
         write_json(folder / "job.json", {"schema": SCHEMA, "result": str(self._result), **job})
         self._progress_at = time.monotonic()
+        self._result_seen_at: float | None = None
         line = command.line(folder / "job.json")
         logger.info("starting %s", shlex.join(line))
+        prctl = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else lambda *_arguments: 0
         with open(self._log, "ab") as log:
-            # A session of its own, so that ending it ends all it started.
             self._process = subprocess.Popen(
-                line, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                line,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # A session of its own, so that ending it ends all it started.
+                start_new_session=True,
+                # To be ended with the driver, even by SIGKILL, or it would keep its GPUs. One system call, which takes no lock.
+                preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509
             )
 
     def is_running(self) -> bool:
-        """Whether the process is there; ends it when it showed no progress for too long."""
+        """Whether the process is there; ends it when it showed no progress for too long, or lingers behind its result."""
         if self._process.poll() is not None:
             return False
+        if self._result.exists():
+            self._result_seen_at = self._result_seen_at or time.monotonic()
+            if time.monotonic() - self._result_seen_at > _GRACE_SECONDS:
+                self.end()
+                return False
         if time.monotonic() - self._progress_at > self._command.no_progress_seconds:
             self.end()
             seconds = self._command.no_progress_seconds
-            raise RuntimeError(f"the worker showed no progress for {seconds:.0f} s and was ended; see {self._log}")
+            raise WorkerFailed(f"the worker showed no progress for {seconds:.0f} s and was ended; see {self._log}")
         return True
 
     def progressed(self) -> None:
@@ -105,7 +127,7 @@ class Worker:
         """Wait for the end and return the result.
 
         Raises:
-            RuntimeError: the worker failed; the message ends with the last lines of its log.
+            WorkerFailed: the message ends with the last lines of its log.
         """
         while self.is_running():
             time.sleep(_POLL_SECONDS)
@@ -119,8 +141,11 @@ class Worker:
             if found["ok"]:
                 return found
             failure = found["error"]
+        elif self._process.returncode == _NOT_FOUND:
+            words = [*self._command.environment.launcher, *self._command.environment.prefix, *self._command.starter]
+            failure = f"none of {[*words, self._command.environment.python]} may be missing; correct [generate.environment]"
         tail = "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TOLD_LINES:])
-        raise RuntimeError(f"the worker failed: {failure}\nLast lines of {self._log}:\n{tail}")
+        raise WorkerFailed(f"the worker failed: {failure}\nLast lines of {self._log}:\n{tail}")
 
     def end(self) -> None:
         """Ask the worker and all it started to end, and see that they do."""

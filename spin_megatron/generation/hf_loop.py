@@ -79,7 +79,7 @@ def _no_weight_bar() -> Iterator[None]:
 
 
 def _device(spec: EngineSpec) -> torch.device:
-    check_options(spec, NAME, known=("device",))
+    check_options(spec.options, NAME, known=("device",))
     name = spec.options.get("device", "auto")
     if name != "auto":
         return torch.device(name)

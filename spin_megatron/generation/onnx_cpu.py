@@ -54,7 +54,7 @@ def _identity(spec: EngineSpec) -> dict[str, Any]:
             f"{spec.model} has head size {shape.head_dim}; ONNX Runtime's attention takes multiples of {_HEAD_MULTIPLE}; "
             "use another engine, e.g. builtin."
         )
-    check_options(spec, NAME, known=(CACHE_OPTION,))
+    check_options(spec.options, NAME, known=(CACHE_OPTION,))
     if spec.dtype != "float32":
         raise ValueError(f'generate.dtype={spec.dtype}: engine {NAME!r} computes in fp32 on CPU; set generate.dtype = "float32".')
     return engine_identity(spec, engine=NAME, runtime=runtime | {"processor": platform.machine()}, run_options=frozenset())

@@ -1,42 +1,42 @@
 """What engines on GPUs in another environment have in common: options, how their worker is started, what it finds there.
 
-A replica is one copy of the model on tensor_parallel x pipeline_parallel GPUs, answering one shard. Several small replicas
-beat one large one: raise generate.num_shards before tensor_parallel.
+A replica is one copy of the model on tensor_parallel x pipeline_parallel GPUs of one node, answering one shard. Several small
+replicas beat one large one, since every GPU more exchanges more: by default the planner's rates choose the smallest that pays.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spin_megatron.generation.engine import EngineSpec, check_options
-from spin_megatron.generation.external import Worker, WorkerCommand, worker_words
+from spin_megatron.generation.engine import EngineSpec, Environment, check_options
+from spin_megatron.generation.external import Worker, WorkerCommand, WorkerFailed
+from spin_megatron.plan.duration import replica_tensor
+from spin_megatron.plan.hardware import Gpu, gpu_of_driver_name
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.records import PromptRow, read_all
 
-# How a worker is started and run, not what the engine is.
-RUN_OPTIONS = frozenset({"command", "free_gpu_memory_fraction", "in_flight", "no_progress_seconds"})
+# How a worker is run, not what the engine is.
+RUN_OPTIONS = frozenset({"free_gpu_memory_fraction", "in_flight", "no_progress_seconds"})
 
 
 @dataclass(frozen=True)
 class ReplicaOptions:
     """[generate.options] of every engine of this kind.
 
-    command: what stands before the worker script: the Python of the engine's environment, with its container or launcher in
-        front; {ranks} is the number of GPUs. Empty is the engine's own default.
-    in_flight: requests the engine holds at a time; 0 is four times the batch size.
+    tensor_parallel: 0 lets the planner choose for the GPU that is there.
+    in_flight: requests the engine holds at a time; 0 is twice the batch size.
     no_progress_seconds: a worker that shows nothing new for so long is ended.
     """
 
-    command: str = ""
-    tensor_parallel: int = 1
+    tensor_parallel: int = 0
     pipeline_parallel: int = 1
     free_gpu_memory_fraction: float = 0.9
     in_flight: int = 0
     no_progress_seconds: float = 3600.0
 
     def __post_init__(self) -> None:
-        self.require("tensor_parallel", self.tensor_parallel >= 1, "at least 1")
+        self.require("tensor_parallel", self.tensor_parallel >= 0, "0 (the planner chooses) or positive")
         self.require("pipeline_parallel", self.pipeline_parallel >= 1, "at least 1")
         self.require("free_gpu_memory_fraction", 0 < self.free_gpu_memory_fraction < 1, "between 0 and 1")
         self.require("in_flight", self.in_flight >= 0, "0 or positive")
@@ -48,42 +48,37 @@ class ReplicaOptions:
 
     @property
     def ranks(self) -> int:
+        assert self.tensor_parallel, "the planner has not chosen yet: see with_tensor_parallel"
         return self.tensor_parallel * self.pipeline_parallel
 
 
 Options = TypeVar("Options", bound=ReplicaOptions)
 
 
-def read_options(kind: type[Options], spec: EngineSpec, name: str) -> Options:
+def read_options(kind: type[Options], options: Mapping[str, Any], name: str) -> Options:
     """The options of a run, checked.
 
     Raises:
         ValueError: one is unknown, of the wrong type or out of range; the message names it.
     """
-    check_options(spec, name, known=[field.name for field in fields(kind)])
+    check_options(options, name, known=[field.name for field in fields(kind)])
     for field in fields(kind):
-        value, wanted = spec.options.get(field.name, field.default), type(field.default)
+        value, wanted = options.get(field.name, field.default), type(field.default)
         accepted = (int, float) if wanted is float else (wanted,)
         if type(value) not in accepted:
             raise ValueError(f"generate.options.{field.name}={value!r} (config.toml [generate.options]) must be of type {wanted.__name__}.")
-    return kind(**spec.options)
+    return kind(**options)
 
 
-def check_model(spec: EngineSpec, name: str, *, dtypes: tuple[str, ...]) -> None:
+def check_model(spec: EngineSpec, name: str, *, dtypes: tuple[str, ...]) -> ModelShape:
     """Refuse a model of a family we do not train, or a dtype the engine does not run in.
 
     Raises:
         ValueError: naming the setting and the valid choices.
     """
-    ModelShape.from_huggingface(spec.model)
     if spec.dtype not in dtypes:
         raise ValueError(f"generate.dtype={spec.dtype}: engine {name!r} runs in {' or '.join(dtypes)}; set generate.dtype to that.")
-
-
-def worker_command(options: ReplicaOptions, script: Path, *, for_many: str, settings: tuple[str, ...] = ()) -> WorkerCommand:
-    """The command of the options, or the default for one GPU or for many."""
-    template = options.command or ("python3" if options.ranks == 1 else for_many)
-    return WorkerCommand(worker_words(template, ranks=options.ranks, option="command"), script, settings, options.no_progress_seconds)
+    return ModelShape.from_huggingface(spec.model)
 
 
 @dataclass(frozen=True)
@@ -98,25 +93,61 @@ class Probed:
     def gpu(self) -> str:
         return self.gpus[0]["name"] if self.gpus else "none"
 
-    def runtime(self, package: str) -> dict[str, str]:
+    def runtime(self, package: str) -> dict[str, Any]:
         """The part of an engine's identity that its surroundings decide."""
         capability = self.gpus[0]["compute_cap"] if self.gpus else "none"
         return {package: self.version, "gpu": self.gpu, "compute_capability": capability}
 
+    def __str__(self) -> str:
+        gpus = f"{len(self.gpus)} x {self.gpu}" if self.gpus else "no GPU"
+        return f"{self.version} under Python {self.python}, {gpus}"
 
-def probe(command: WorkerCommand, folder: Path) -> Probed:
-    """Ask a worker what is installed where it runs; it imports nothing for that.
+
+def probe(environment: Environment, script: Path, folder: Path) -> Probed:
+    """Ask a worker what is installed where it runs; it imports nothing for that, and one process is enough.
 
     Raises:
-        RuntimeError: it could not be started, or the package is not there.
+        ValueError: it could not be started, or the package is not there.
     """
-    found = Worker(command, {"action": "probe"}, folder).wait()
+    try:
+        found = Worker(WorkerCommand(environment, script, no_progress_seconds=600.0), {"action": "probe"}, folder).wait()
+    except WorkerFailed as error:
+        raise ValueError(f"the engine's environment ([generate.environment]) does not answer: {error}") from None
     return Probed(found["version"], found["python"], tuple(found["gpus"]))
 
 
 def longest_prompt(spec: EngineSpec) -> int:
     """Tokens of the longest prompt of this run; the configured limit where its prompts are not known."""
     return max((len(row.prompt_ids) for row in read_all(spec.prompt_files, PromptRow)), default=spec.max_prompt_tokens)
+
+
+def planned_tensor_parallel(spec: EngineSpec, shape: ModelShape, gpu: Gpu) -> int:
+    """The planner's number of GPUs, for requests of half the limits."""
+    prompt_tokens, new_tokens = spec.max_prompt_tokens / 2, spec.max_new_tokens / 2
+    return replica_tensor(shape, gpu, prompt_tokens=prompt_tokens, new_tokens=new_tokens, max_batch=spec.batch_size)
+
+
+def with_tensor_parallel(options: Options, spec: EngineSpec, shape: ModelShape, probed: Probed) -> Options:
+    """The options with a number of GPUs: the given one, or the planner's for this model on the GPU that was found.
+
+    Raises:
+        ValueError: the planner does not know the GPU, the replica needs more GPUs than are there, or it does not divide the heads.
+    """
+    if not options.tensor_parallel:
+        gpu = gpu_of_driver_name(probed.gpu) if probed.gpus else None
+        if probed.gpus and gpu is None:
+            raise ValueError(f"generate.options.tensor_parallel is not set, and the planner does not know the GPU {probed.gpu!r}; set it.")
+        chosen = 1 if gpu is None else planned_tensor_parallel(spec, shape, gpu)
+        options = replace(options, tensor_parallel=chosen)
+    if probed.gpus and options.ranks > len(probed.gpus):
+        raise ValueError(
+            f"a replica on {options.ranks} GPUs (generate.options tensor_parallel={options.tensor_parallel} x pipeline_parallel="
+            f"{options.pipeline_parallel}) does not fit on the {len(probed.gpus)} that are there; ask for more "
+            "(slurm.stages.generate.gpus_per_node and build-engine's), or lower them."
+        )
+    if shape.num_heads % options.tensor_parallel:
+        raise ValueError(f"generate.options.tensor_parallel={options.tensor_parallel} does not divide the model's {shape.num_heads} heads.")
+    return options
 
 
 def replica_job(spec: EngineSpec, options: ReplicaOptions, probed: Probed) -> dict[str, Any]:
@@ -131,7 +162,7 @@ def replica_job(spec: EngineSpec, options: ReplicaOptions, probed: Probed) -> di
         "max_batch_size": spec.batch_size,
         "max_input_len": longest,
         "max_seq_len": longest + spec.max_new_tokens,
-        "in_flight": options.in_flight or 4 * spec.batch_size,
+        "in_flight": options.in_flight or 2 * spec.batch_size,
         "chunk_rows": spec.batch_size,
         "expected": {"version": probed.version, "gpu": probed.gpu},
     }

@@ -5,8 +5,9 @@ trtllm-torch loads the Hugging Face folder into TensorRT-LLM's PyTorch backend (
 """
 
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from packaging.version import Version
 
 from spin_megatron.generation.built import CACHE_OPTION, WORK_NAME, build_once, engine_identity, require_identity
-from spin_megatron.generation.engine import Engine, EngineSpec, Provider
+from spin_megatron.generation.engine import Engine, EngineSpec, Environment, Provider
 from spin_megatron.generation.external import ExternalEngine, Worker, WorkerCommand
 from spin_megatron.generation.replica import (
     RUN_OPTIONS,
@@ -25,18 +26,21 @@ from spin_megatron.generation.replica import (
     probe,
     read_options,
     replica_job,
-    worker_command,
+    with_tensor_parallel,
 )
-from spin_megatron.run.manifest import digest_values, write_text
+from spin_megatron.run.manifest import atomic_path, digest_values, write_text
 from spin_megatron.run.records import PromptRow, read_all
 
 Mode = Literal["engine", "torch"]
 FIRST_VERSION, FIRST_WITHOUT_ENGINES = Version("1.0.0rc0"), Version("1.3.0rc16")
 PACKAGE = "tensorrt_llm"
 _SCRIPT = Path(__file__).with_name("trtllm_worker.py")
-_FOR_MANY = "srun --mpi=pmix --ntasks={ranks} trtllm-llmapi-launch python3"
+# Ties the ranks that a launcher started into one engine; rank 0 runs the script, the others serve it.
+_STARTER = ("trtllm-llmapi-launch",)
 # With one GPU the model runs in the worker's own process: MPI spawning fails inside a Slurm step.
 _SINGLE_PROCESS = "TLLM_WORKER_USE_SINGLE_PROCESS=1"
+# A calibration folder whose path holds one of these is taken for a data set of the hub (quantize_by_modelopt.get_calib_dataloader).
+_HUB_NAMES = ("cnn_dailymail", "scienceqa", "science_qa")
 
 
 @dataclass(frozen=True)
@@ -70,50 +74,60 @@ class Trtllm:
         """Ask the environment what it is, then build an engine there, or take an equal one from the cache.
 
         Raises:
-            ValueError: options, release or dtype do not fit; RuntimeError: the worker failed.
+            ValueError: options, release, GPU or dtype do not fit; WorkerFailed: the build failed.
         """
-        options = self._options(spec)
-        probed, identity = self._identity(spec, options, folder / WORK_NAME / "probe")
+        options, probed, identity = self._identity(spec, folder / WORK_NAME / "probe")
         make: Callable[[Path], None] = self._engine_builder(spec, options, probed) if self.mode == "engine" else lambda _folder: None
         started = time.monotonic()
         from_cache = build_once(spec, folder, identity, make)
         facts = {"needs_build": self.mode == "engine", "from_cache": from_cache, "build_seconds": time.monotonic() - started}
-        return {**facts, **identity, "gpus": list(probed.gpus), "options": asdict(options)}
+        return {**facts, **identity, "python": probed.python, "gpus": list(probed.gpus), "options": asdict(options)}
 
     def load(self, spec: EngineSpec, folder: Path, work: Path) -> Engine:
         """An engine that starts its worker when it is asked to answer; refuses one of other weights, settings, release or GPU."""
-        options = self._options(spec)
-        probed, identity = self._identity(spec, options, work / "probe")
+        options, probed, identity = self._identity(spec, work / "probe")
         require_identity(folder, identity)
         job = self._job(spec, options, probed) | {"mode": self.mode, "engine": str(folder.resolve())}
-        return ExternalEngine(self.name, _command(options), job, spec, work)
+        return ExternalEngine(self.name, _command(spec, options), job, spec, work)
 
-    def _options(self, spec: EngineSpec) -> TrtllmOptions:
-        options = read_options(TrtllmOptions, spec, self.name)
-        # The engine is built in bfloat16: left to itself the converter makes float16 of an fp32 checkpoint.
-        check_model(spec, self.name, dtypes=("bfloat16",))
+    def examine(self, options: Mapping[str, Any], environment: Environment, folder: Path) -> str:
+        """See Provider.examine."""
+        self._read_options(options)
+        probed = probe(environment, _SCRIPT, folder)
+        self._check_release(probed)
+        return f"TensorRT-LLM {probed}"
+
+    def _read_options(self, given: Mapping[str, Any]) -> TrtllmOptions:
+        options = read_options(TrtllmOptions, given, self.name)
         if self.mode == "torch" and options.quantization != "none":
             raise ValueError(f"generate.options.quantization is of engine 'trtllm-engine' alone; leave it out for {self.name!r}.")
         return options
 
-    def _identity(self, spec: EngineSpec, options: TrtllmOptions, probe_folder: Path) -> tuple[Probed, dict[str, Any]]:
-        """What the worker finds where it runs, and what an engine made there from this spec is."""
-        probed = probe(_command(options), probe_folder)
+    def _check_release(self, probed: Probed) -> None:
         found = Version(probed.version)
         if found < FIRST_VERSION or (self.mode == "engine" and found >= FIRST_WITHOUT_ENGINES):
             wanted = f">={FIRST_VERSION}" + (f",<{FIRST_WITHOUT_ENGINES}" if self.mode == "engine" else "")
             raise ValueError(
-                f"engine {self.name!r} needs {PACKAGE}{wanted}, but generate.options.command starts one with {found}; "
+                f"engine {self.name!r} needs {PACKAGE}{wanted}, but [generate.environment] starts one with {found}; "
                 "use a container of 1.2.1, or engine 'trtllm-torch', which later releases have."
             )
+
+    def _identity(self, spec: EngineSpec, probe_folder: Path) -> tuple[TrtllmOptions, Probed, dict[str, Any]]:
+        """What the worker finds where it runs, the options that follow, and what an engine made there from this spec is."""
+        options = self._read_options(spec.options)
+        # The engine is built in bfloat16: left to itself the converter makes float16 of an fp32 checkpoint.
+        shape = check_model(spec, self.name, dtypes=("bfloat16",))
+        probed = probe(spec.environment, _SCRIPT, probe_folder)
+        self._check_release(probed)
         if not probed.gpus:
-            raise ValueError(f"engine {self.name!r} needs a GPU, and nvidia-smi shows none where generate.options.command runs.")
+            raise ValueError(f"engine {self.name!r} needs a GPU, and nvidia-smi shows none where [generate.environment] runs.")
+        options = with_tensor_parallel(options, spec, shape, probed)
         # The engine's limits follow from the data, and with fp8 its scales do.
-        from_data = {"max_input_len": str(longest_prompt(spec))}
+        from_data: dict[str, Any] = {"max_input_len": longest_prompt(spec), "options.tensor_parallel": options.tensor_parallel}
         if options.quantization != "none":
             from_data["calibration"] = digest_values([row.prompt_ids for row in _calibration_rows(spec, options)])
         runtime = probed.runtime(PACKAGE) | from_data
-        return probed, engine_identity(spec, engine=self.name, runtime=runtime, run_options=RUN_OPTIONS)
+        return options, probed, engine_identity(spec, engine=self.name, runtime=runtime, run_options=RUN_OPTIONS)
 
     def _job(self, spec: EngineSpec, options: TrtllmOptions, probed: Probed) -> dict[str, Any]:
         job = replica_job(spec, options, probed)
@@ -121,31 +135,40 @@ class Trtllm:
 
     def _engine_builder(self, spec: EngineSpec, options: TrtllmOptions, probed: Probed) -> Callable[[Path], None]:
         def make(folder: Path) -> None:
-            job = self._job(spec, options, probed) | {"action": "build", "engine": str(folder.resolve())}
+            work = (folder / WORK_NAME).resolve()
+            job = self._job(spec, options, probed) | {"action": "build", "engine": str(folder.resolve()), "workspace": str(work)}
             job |= {"quantization": options.quantization, "calibration_prompts": options.calibration_prompts, "calibration": None}
             if options.quantization != "none":
-                job["calibration"] = str(_write_calibration(spec, options, folder / WORK_NAME / "calibration").resolve())
-            job["timing_cache"] = _timing_cache(spec, probed)
-            Worker(_command(options), job, folder / WORK_NAME / "build").wait()
+                job["calibration"] = str(_write_calibration(spec, options, work / "calibration"))
+            timings, kept = work / "timing.cache", _timing_cache(spec, probed)
+            job["timing_cache"] = {"input": str(kept) if kept is not None and kept.exists() else None, "output": str(timings)}
+            Worker(_command(spec, options), job, work / "build").wait()
             missing = [rank for rank in range(options.ranks) if not (folder / f"rank{rank}.engine").exists()]
             if missing:
-                raise RuntimeError(f"the build left no engine for ranks {missing} in {folder}; see its log in {folder / WORK_NAME}")
+                raise RuntimeError(f"the build left no engine for ranks {missing} in {folder}; see its log in {work}")
+            if kept is not None and timings.exists():
+                with atomic_path(kept) as aside:
+                    shutil.copyfile(timings, aside)
 
         return make
 
 
-def _command(options: TrtllmOptions) -> WorkerCommand:
-    return worker_command(options, _SCRIPT, for_many=_FOR_MANY, settings=(_SINGLE_PROCESS,) if options.ranks == 1 else ())
+def _command(spec: EngineSpec, options: TrtllmOptions) -> WorkerCommand:
+    """One process for one GPU; for more, ranks under the launcher, or, without one, ranks that TensorRT-LLM spawns itself."""
+    starter = _STARTER if options.ranks > 1 and spec.environment.launcher else ()
+    settings = (_SINGLE_PROCESS,) if options.ranks == 1 else ()
+    ranks = options.ranks if starter else 1
+    return WorkerCommand(spec.environment, _SCRIPT, ranks, starter, settings, options.no_progress_seconds)
 
 
-def _timing_cache(spec: EngineSpec, probed: Probed) -> str | None:
+def _timing_cache(spec: EngineSpec, probed: Probed) -> Path | None:
     """Where kernel timings are kept from one iteration to the next: beside the engine cache, one a release and GPU."""
     root = spec.options.get(CACHE_OPTION)
     if not root:
         return None
     folder = Path(str(root)).resolve() / "timing"
     folder.mkdir(parents=True, exist_ok=True)
-    return str(folder / f"{digest_values(probed.runtime(PACKAGE))}.cache")
+    return folder / f"{digest_values(probed.runtime(PACKAGE))}.cache"
 
 
 def _calibration_rows(spec: EngineSpec, options: TrtllmOptions) -> list[PromptRow]:
@@ -158,16 +181,32 @@ def _calibration_rows(spec: EngineSpec, options: TrtllmOptions) -> list[PromptRo
 def _write_calibration(spec: EngineSpec, options: TrtllmOptions, folder: Path) -> Path:
     """The run's own prompts as a data set that TensorRT-LLM calibrates on: split train, column text.
 
-    The text is what the tokenizer makes of the ids, special tokens included.
+    It tokenizes the text with the model's tokenizer; a BOS that this adds is left out of the text.
+
+    Raises:
+        ValueError: the folder's path would be taken for a data set of the hub, or transformers is not installed.
     """
-    from transformers import AutoTokenizer
+    named = [name for name in _HUB_NAMES if name in str(folder).lower()]
+    if named:
+        raise ValueError(f"TensorRT-LLM takes {folder} for the hub's {named[0]!r}; move the run to a path without that word.")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ValueError(
+            'fp8 calibration needs transformers in the Python that runs build-engine; install it, or quantize "none".'
+        ) from None
 
     tokenizer = AutoTokenizer.from_pretrained(spec.model, local_files_only=True, trust_remote_code=False)
-    rows = _calibration_rows(spec, options)
-    texts = [tokenizer.decode(row.prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
-    write_text(folder / "train.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    added = tuple(tokenizer("").input_ids[:1]) if tokenizer.bos_token_id is not None else ()
+    lines = []
+    for row in _calibration_rows(spec, options):
+        ids = row.prompt_ids[1:] if added == (tokenizer.bos_token_id,) == row.prompt_ids[:1] else row.prompt_ids
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        lines.append(json.dumps({"text": text}) + "\n")
+    write_text(folder / "train.jsonl", "".join(lines))
     return folder
 
 
 _ENGINE, _TORCH = Trtllm("trtllm-engine", "engine"), Trtllm("trtllm-torch", "torch")
-ENGINE, TORCH = Provider(_ENGINE.build, _ENGINE.load), Provider(_TORCH.build, _TORCH.load)
+ENGINE = Provider(_ENGINE.build, _ENGINE.load, _ENGINE.examine)
+TORCH = Provider(_TORCH.build, _TORCH.load, _TORCH.examine)

@@ -4,15 +4,30 @@ TensorRT-LLM cannot be imported where there is no GPU, and cannot be installed b
 tests' double of `tensorrt_llm` accepts what the table lists and refuses the rest, and `differences` reads an installed copy with
 `ast`, without importing it, and says where it departs from the table. A default of None means that it does not matter to us.
 
-Rules that are no names, and that the double reproduces:
-- `tensorrt_llm.LLM` is the PyTorch one and refuses the engine's fields (build_config, quant_config, calib_config, enable_build_cache);
-  the engine's LLM is `tensorrt_llm._tensorrt_engine.LLM`, gone from 1.3 on (1.3.0rc15 is the last listed release with it).
+Rules that are no names, and that the double reproduces, each with the upstream place that says so (below tensorrt_llm/):
+- `tensorrt_llm.LLM` is the PyTorch one and refuses the engine's fields (build_config, quant_config, calib_config, enable_build_cache,
+  workspace); the engine's LLM is `tensorrt_llm._tensorrt_engine.LLM`, gone from 1.3.0rc16 on. llmapi/llm.py,
+  _TorchLLM._validate_args_for_torch_backend. Unknown fields are refused by both: llmapi/llm_args.py, BaseLlmArgs.model_config.
 - greedy is, before 1.2, top_k in (None, 1) with top_p in (None, 0), whatever the temperature; from 1.2 on all three None, or
-  top_k 1, or top_p 0, or temperature 0. Hence all three are always given together.
-- 0 <= top_p <= 1; top_k >= 0, 0 is off; temperature 0 is refused before 1.2.
-- with skip_tokenizer_init, end_id must be given; a matched stop_token_id is left out unless include_stop_str_in_output.
-- prompt + max_tokens beyond max_seq_len is refused; logprobs need gather_generation_logits at build time.
+  top_k 1, or top_p 0, or temperature 0. Hence all three are always given together. sampling_params.py, SamplingParams._greedy_decoding.
+- from 1.2 on 0 <= top_p <= 1; top_k >= 0, 0 is off; temperature >= 0: SamplingParams._validate. Before, 0 as a temperature went to the
+  sampler unchecked, so greedy is asked for as top_k 1.
+- without a tokenizer end_id must be given: llmapi/llm.py, BaseLLM._prepare_sampling_params. A matched stop_token_id is left out of
+  the output unless include_stop_str_in_output.
+- engine: prompt + max_tokens beyond max_seq_len is refused; logprobs need gather_generation_logits, prompt_logprobs a build with
+  gather_context_logits. PyTorch: a prompt beyond max_num_tokens is refused. llmapi/llm.py, BaseLLM._check_arguments.
+- engine: KvCacheConfig.dtype must be "auto": llmapi/llm_args.py, TrtLlmArgs.validate_kv_cache_dtype. Limits beyond the built ones
+  are cut with a warning: TrtLlmArgs.validate_build_config_with_runtime_params.
+- the library's engine cache is keyed by its version, the build settings and the model's path: llmapi/build_cache.py,
+  CachedStage.get_hash_key. TLLM_LLMAPI_BUILD_CACHE in the environment turns it on.
+- a calibration folder is read as split "train", column "text", unless its path holds the name of a data set it knows, and its text
+  gets the tokenizer's special tokens: quantization/quantize_by_modelopt.py, get_calib_dataloader.
+- engines are built in a temporary folder below `workspace`, then copied by save: llmapi/llm.py, BaseLLM.__init__, _TrtLLM.save.
+- rank 0 alone writes output_timing_cache: builder.py, build.
+- with TLLM_WORKER_USE_SINGLE_PROCESS=1 one GPU's model runs in the calling process, without MPI: executor/executor.py,
+  GenerationExecutor.create. What generate_async returns can be awaited: executor/result.py, GenerationResult.
 - the PyTorch sampler ignores a request's seed (up to 1.2); the C++ one ("TRTLLMSampler", always used by engines) takes it.
+- trtllm-llmapi-launch splits its command at spaces, and in some releases stops its other ranks only behind a command that succeeded.
 """
 
 import ast
@@ -64,13 +79,19 @@ _COMMON_ARGS: Fields = {
     "pipeline_parallel_size": "1",
     "dtype": "'auto'",
     "kv_cache_config": None,
-    "max_batch_size": "None",
+    "max_batch_size": None,
     "max_input_len": None,
     "max_seq_len": "None",
     "max_num_tokens": None,
     "gather_generation_logits": "False",
 }
-_ENGINE_ARGS: Fields = {"build_config": None, "quant_config": None, "calib_config": None, "enable_build_cache": "False"}
+_ENGINE_ARGS: Fields = {
+    "build_config": None,
+    "quant_config": None,
+    "calib_config": None,
+    "enable_build_cache": "False",
+    "workspace": "None",
+}
 _SAMPLING: Fields = {
     "end_id": "None",
     "pad_id": "None",
@@ -99,7 +120,13 @@ _BUILD: Fields = {
     "output_timing_cache": None,
 }
 _QUANT: Fields = {"quant_algo": "None", "kv_cache_quant_algo": "None", "exclude_modules": "None"}
-_CALIB: Fields = {"calib_dataset": "'cnn_dailymail'", "calib_batches": "512", "calib_batch_size": "1", "calib_max_seq_length": "512"}
+_CALIB: Fields = {
+    "calib_dataset": "'cnn_dailymail'",
+    "calib_batches": "512",
+    "calib_batch_size": "1",
+    "calib_max_seq_length": "512",
+    "tokenizer_max_seq_length": "2048",
+}
 _OUTPUT: Fields = {"token_ids": None, "finish_reason": "None", "stop_reason": "None"}
 
 

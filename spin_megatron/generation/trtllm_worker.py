@@ -11,17 +11,17 @@ Two ways to run a model: "engine", a TensorRT engine that `build` makes (TensorR
 backend, which loads the Hugging Face folder (from 1.0). No log-probabilities are asked of either: training computes its own.
 """
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import time
 import traceback
-from collections import deque
-from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 SCHEMA = 1
 PACKAGE = "tensorrt_llm"
@@ -46,20 +46,43 @@ def read_requests(job: dict[str, Any]) -> list[dict[str, Any]]:
         return [json.loads(line) for line in handle]
 
 
-def write_chunks(job: dict[str, Any], responses: Iterable[dict[str, Any]]) -> int:
-    """Write responses in files of job["chunk_rows"], each as soon as it is full; returns their number."""
-    folder = Path(job["chunks"])
-    chunk: list[str] = []
-    num_rows = num_chunks = 0
-    for response in responses:
-        chunk.append(json.dumps(response) + "\n")
-        num_rows += 1
-        if len(chunk) == job["chunk_rows"]:
-            write_whole(folder / f"chunk_{num_chunks:05d}.jsonl", "".join(chunk))
-            chunk, num_chunks = [], num_chunks + 1
-    if chunk:
-        write_whole(folder / f"chunk_{num_chunks:05d}.jsonl", "".join(chunk))
-    return num_rows
+class Chunks:
+    """Response files of job["chunk_rows"] rows, each written as soon as it is full, and what the requests in the engine came to.
+
+    in_flight_use: the mean over time of the requests in the engine, at most its batch size, as a share of the batch size.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._folder, self._size = Path(job["chunks"]), job["chunk_rows"]
+        self._batch_size = job["max_batch_size"]
+        self._lines: list[str] = []
+        self._num_chunks = self.rows = self._in_flight = 0
+        self._busy_seconds = 0.0
+        self._started_at = self._changed_at = time.monotonic()
+
+    def in_flight(self, change: int) -> None:
+        """So many requests went into the engine, or came out."""
+        now = time.monotonic()
+        self._busy_seconds += min(self._in_flight, self._batch_size) * (now - self._changed_at)
+        self._in_flight, self._changed_at = self._in_flight + change, now
+
+    def add(self, response: dict[str, Any]) -> None:
+        """Take a response that came out."""
+        self._lines.append(json.dumps(response) + "\n")
+        self.rows += 1
+        if len(self._lines) == self._size:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is there."""
+        if self._lines:
+            write_whole(self._folder / f"chunk_{self._num_chunks:05d}.jsonl", "".join(self._lines))
+            self._lines, self._num_chunks = [], self._num_chunks + 1
+
+    def facts(self) -> dict[str, Any]:
+        """For the result."""
+        seconds = self._changed_at - self._started_at
+        return {"rows": self.rows, "in_flight_use": self._busy_seconds / (self._batch_size * seconds) if seconds else 0.0}
 
 
 def gpus() -> list[dict[str, str]]:
@@ -91,7 +114,8 @@ def check_expected(job: dict[str, Any]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Do the job and write its result; 0 when it is done."""
-    job = json.loads(Path(arguments[1]).read_text(encoding="utf-8"))
+    path = Path(arguments[1])
+    job = json.loads((path if path.exists() else Path(unquote(arguments[1]))).read_text(encoding="utf-8"))
     if job["schema"] != SCHEMA:
         raise SystemExit(f"job schema {job['schema']}, this worker knows {SCHEMA}: driver and worker are of different versions")
     # The folder of this script holds modules of ordinary names, which must not stand before installed ones.
@@ -104,7 +128,8 @@ def main(arguments: list[str]) -> int:
         failure = {"schema": SCHEMA, "ok": False, "error": f"{type(error).__name__}: {error}"}
         write_whole(Path(job["result"]), json.dumps(failure, indent=2))
         traceback.print_exc()
-        return 1
+        # trtllm-llmapi-launch stops its other ranks only behind a command that went well; the result says that this one did not.
+        return 0 if "TLLM_SPAWN_PROXY_PROCESS" in os.environ else 1
     result = {"schema": SCHEMA, "ok": True, "seconds": time.monotonic() - started, **facts}
     write_whole(Path(job["result"]), json.dumps(result, indent=2))
     return 0
@@ -128,25 +153,30 @@ def kv_cache_config(job: dict[str, Any]) -> Any:
 def build(job: dict[str, Any]) -> dict[str, Any]:
     """Make the TensorRT engine of job["model"] in job["engine"]."""
     check_expected(job)
+    # Upstream's own cache is keyed by the model's path: it would hand out the engine of an earlier iteration. An image may turn it on.
+    for name in ("TLLM_LLMAPI_BUILD_CACHE", "TLLM_LLMAPI_BUILD_CACHE_ROOT"):
+        os.environ.pop(name, None)
     from tensorrt_llm import BuildConfig
     from tensorrt_llm._tensorrt_engine import LLM
 
-    timing_cache = job["timing_cache"]
     build_config = BuildConfig(
         max_batch_size=job["max_batch_size"],
         max_input_len=job["max_input_len"],
         max_seq_len=job["max_seq_len"],
         max_num_tokens=job["max_num_tokens"],
         # Timings of kernels, not of weights: safe to reuse from one iteration to the next.
-        input_timing_cache=timing_cache if timing_cache and Path(timing_cache).exists() else None,
-        **({"output_timing_cache": timing_cache} if timing_cache else {}),
+        input_timing_cache=job["timing_cache"]["input"],
+        output_timing_cache=job["timing_cache"]["output"],
     )
     llm = LLM(
         model=job["model"],
+        # The engine is asked for token ids; calibration brings its own tokenizer. An older transformers may not know the folder's.
+        skip_tokenizer_init=True,
         dtype=job["dtype"],
         build_config=build_config,
-        # Upstream's cache is keyed by the model's path: it would hand out the engine of an earlier iteration.
         enable_build_cache=False,
+        # Every rank writes its engine here first: a folder that all of them see, where /tmp is of one node and may be small.
+        workspace=job["workspace"],
         kv_cache_config=kv_cache_config(job),
         **parallel_arguments(job),
         **quantization_arguments(job),
@@ -168,7 +198,11 @@ def quantization_arguments(job: dict[str, Any]) -> dict[str, Any]:
         "quant_config": QuantConfig(quant_algo=QuantAlgo.FP8, kv_cache_quant_algo=QuantAlgo.FP8),
         # The default data set is a download; a local folder is read as split "train", column "text".
         "calib_config": CalibConfig(
-            calib_dataset=job["calibration"], calib_batches=job["calibration_prompts"], calib_max_seq_length=job["max_input_len"]
+            calib_dataset=job["calibration"],
+            calib_batches=job["calibration_prompts"],
+            calib_batch_size=1,
+            calib_max_seq_length=job["max_input_len"],
+            tokenizer_max_seq_length=job["max_input_len"],
         ),
     }
 
@@ -178,10 +212,10 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     check_expected(job)
     llm, facts = open_engine(job) if job["mode"] == "engine" else open_torch(job)
     try:
-        num_rows = write_chunks(job, responses(llm, job))
+        chunks = asyncio.run(answer_all(llm, job))
     finally:
         llm.shutdown()
-    return {"rows": num_rows, **facts, **probe(job)}
+    return {**chunks.facts(), **facts, **probe(job)}
 
 
 def open_engine(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -251,21 +285,26 @@ def sampling_parameters(job: dict[str, Any], seed: int) -> Any:
     )
 
 
-def responses(llm: Any, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Responses in the order of the requests, with at most job["in_flight"] requests submitted at a time."""
-    submitted: deque[tuple[str, Any]] = deque()
-    for request in read_requests(job):
-        if len(submitted) == job["in_flight"]:
-            yield finished(*submitted.popleft())
-        inputs = {"prompt_token_ids": request["prompt_ids"]}
-        submitted.append((request["id"], llm.generate_async(inputs, sampling_parameters(job, request["seed"]))))
-    while submitted:
-        yield finished(*submitted.popleft())
+async def answer_all(llm: Any, job: dict[str, Any]) -> Chunks:
+    """Keep job["in_flight"] requests in the engine until all are answered; each is taken out when it is done, in any order."""
+    chunks, requests = Chunks(job), iter(read_requests(job))
+
+    async def answer_some() -> None:
+        for request in requests:
+            chunks.in_flight(+1)
+            output = await llm.generate_async({"prompt_token_ids": request["prompt_ids"]}, sampling_parameters(job, request["seed"]))
+            chunks.in_flight(-1)
+            chunks.add(finished(request["id"], output.outputs[0]))
+
+    try:
+        await asyncio.gather(*(answer_some() for _ in range(job["in_flight"])))
+    finally:
+        chunks.write()
+    return chunks
 
 
-def finished(request_id: str, future: Any) -> dict[str, Any]:
+def finished(request_id: str, output: Any) -> dict[str, Any]:
     """A response as the engine gives it; the driver puts EOS right."""
-    output = future.result().outputs[0]
     return {
         "id": request_id,
         "token_ids": list(output.token_ids),

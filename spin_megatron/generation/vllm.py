@@ -3,12 +3,13 @@
 Float32 on vLLM's CPU build, bfloat16 on GPUs. Rows are stable in fp32; in bf16 they may depend on what is computed beside them.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from spin_megatron.generation.built import WORK_NAME, build_once, engine_identity, require_identity
-from spin_megatron.generation.engine import Engine, EngineSpec, Provider
+from spin_megatron.generation.engine import Engine, EngineSpec, Environment, Provider
 from spin_megatron.generation.external import ExternalEngine, WorkerCommand
 from spin_megatron.generation.replica import (
     RUN_OPTIONS,
@@ -18,13 +19,11 @@ from spin_megatron.generation.replica import (
     probe,
     read_options,
     replica_job,
-    worker_command,
+    with_tensor_parallel,
 )
 
 NAME = "vllm"
 _SCRIPT = Path(__file__).with_name("vllm_worker.py")
-# vLLM starts its own processes for the GPUs of one node.
-_FOR_MANY = "python3"
 
 
 def build(spec: EngineSpec, folder: Path) -> dict[str, Any]:
@@ -35,21 +34,26 @@ def build(spec: EngineSpec, folder: Path) -> dict[str, Any]:
 
 
 def load(spec: EngineSpec, folder: Path, work: Path) -> Engine:
-    """An engine that starts its worker when it is asked to answer."""
+    """An engine that starts its worker when it is asked to answer. vLLM starts the processes for its GPUs itself: one rank here."""
     options, probed, identity = _identity(spec, work / "probe")
     require_identity(folder, identity)
-    return ExternalEngine(NAME, _command(options), replica_job(spec, options, probed), spec, work)
+    command = WorkerCommand(spec.environment, _SCRIPT, no_progress_seconds=options.no_progress_seconds)
+    return ExternalEngine(NAME, command, replica_job(spec, options, probed), spec, work)
+
+
+def examine(options: Mapping[str, Any], environment: Environment, folder: Path) -> str:
+    """See Provider.examine."""
+    read_options(ReplicaOptions, options, NAME)
+    return f"vLLM {probe(environment, _SCRIPT, folder)}"
 
 
 def _identity(spec: EngineSpec, probe_folder: Path) -> tuple[ReplicaOptions, Probed, dict[str, Any]]:
-    options = read_options(ReplicaOptions, spec, NAME)
-    check_model(spec, NAME, dtypes=("bfloat16", "float32"))
-    probed = probe(_command(options), probe_folder)
-    return options, probed, engine_identity(spec, engine=NAME, runtime=probed.runtime("vllm"), run_options=RUN_OPTIONS)
+    options = read_options(ReplicaOptions, spec.options, NAME)
+    shape = check_model(spec, NAME, dtypes=("bfloat16", "float32"))
+    probed = probe(spec.environment, _SCRIPT, probe_folder)
+    options = with_tensor_parallel(options, spec, shape, probed)
+    runtime = probed.runtime("vllm") | {"options.tensor_parallel": options.tensor_parallel}
+    return options, probed, engine_identity(spec, engine=NAME, runtime=runtime, run_options=RUN_OPTIONS)
 
 
-def _command(options: ReplicaOptions) -> WorkerCommand:
-    return worker_command(options, _SCRIPT, for_many=_FOR_MANY)
-
-
-PROVIDER = Provider(build, load)
+PROVIDER = Provider(build, load, examine)

@@ -13,10 +13,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 SCHEMA = 1
 PACKAGE = "vllm"
@@ -41,20 +41,43 @@ def read_requests(job: dict[str, Any]) -> list[dict[str, Any]]:
         return [json.loads(line) for line in handle]
 
 
-def write_chunks(job: dict[str, Any], responses: Iterable[dict[str, Any]]) -> int:
-    """Write responses in files of job["chunk_rows"], each as soon as it is full; returns their number."""
-    folder = Path(job["chunks"])
-    chunk: list[str] = []
-    num_rows = num_chunks = 0
-    for response in responses:
-        chunk.append(json.dumps(response) + "\n")
-        num_rows += 1
-        if len(chunk) == job["chunk_rows"]:
-            write_whole(folder / f"chunk_{num_chunks:05d}.jsonl", "".join(chunk))
-            chunk, num_chunks = [], num_chunks + 1
-    if chunk:
-        write_whole(folder / f"chunk_{num_chunks:05d}.jsonl", "".join(chunk))
-    return num_rows
+class Chunks:
+    """Response files of job["chunk_rows"] rows, each written as soon as it is full, and what the requests in the engine came to.
+
+    in_flight_use: the mean over time of the requests in the engine, at most its batch size, as a share of the batch size.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._folder, self._size = Path(job["chunks"]), job["chunk_rows"]
+        self._batch_size = job["max_batch_size"]
+        self._lines: list[str] = []
+        self._num_chunks = self.rows = self._in_flight = 0
+        self._busy_seconds = 0.0
+        self._started_at = self._changed_at = time.monotonic()
+
+    def in_flight(self, change: int) -> None:
+        """So many requests went into the engine, or came out."""
+        now = time.monotonic()
+        self._busy_seconds += min(self._in_flight, self._batch_size) * (now - self._changed_at)
+        self._in_flight, self._changed_at = self._in_flight + change, now
+
+    def add(self, response: dict[str, Any]) -> None:
+        """Take a response that came out."""
+        self._lines.append(json.dumps(response) + "\n")
+        self.rows += 1
+        if len(self._lines) == self._size:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is there."""
+        if self._lines:
+            write_whole(self._folder / f"chunk_{self._num_chunks:05d}.jsonl", "".join(self._lines))
+            self._lines, self._num_chunks = [], self._num_chunks + 1
+
+    def facts(self) -> dict[str, Any]:
+        """For the result."""
+        seconds = self._changed_at - self._started_at
+        return {"rows": self.rows, "in_flight_use": self._busy_seconds / (self._batch_size * seconds) if seconds else 0.0}
 
 
 def gpus() -> list[dict[str, str]]:
@@ -86,7 +109,8 @@ def check_expected(job: dict[str, Any]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Do the job and write its result; 0 when it is done."""
-    job = json.loads(Path(arguments[1]).read_text(encoding="utf-8"))
+    path = Path(arguments[1])
+    job = json.loads((path if path.exists() else Path(unquote(arguments[1]))).read_text(encoding="utf-8"))
     if job["schema"] != SCHEMA:
         raise SystemExit(f"job schema {job['schema']}, this worker knows {SCHEMA}: driver and worker are of different versions")
     # The folder of this script holds modules of ordinary names, which must not stand before installed ones.
@@ -99,7 +123,8 @@ def main(arguments: list[str]) -> int:
         failure = {"schema": SCHEMA, "ok": False, "error": f"{type(error).__name__}: {error}"}
         write_whole(Path(job["result"]), json.dumps(failure, indent=2))
         traceback.print_exc()
-        return 1
+        # trtllm-llmapi-launch stops its other ranks only behind a command that went well; the result says that this one did not.
+        return 0 if "TLLM_SPAWN_PROXY_PROCESS" in os.environ else 1
     result = {"schema": SCHEMA, "ok": True, "seconds": time.monotonic() - started, **facts}
     write_whole(Path(job["result"]), json.dumps(result, indent=2))
     return 0
@@ -109,11 +134,11 @@ def main(arguments: list[str]) -> int:
 
 
 def generate(job: dict[str, Any]) -> dict[str, Any]:
-    """Answer every request."""
+    """Answer every request, with job["in_flight"] of them in the engine until all are in."""
     check_expected(job)
-    from vllm import LLM
+    from vllm import EngineArgs, LLMEngine
 
-    llm = LLM(
+    arguments = EngineArgs(
         model=job["model"],
         dtype=job["dtype"],
         tensor_parallel_size=job["tensor_parallel"],
@@ -127,12 +152,35 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         trust_remote_code=False,
         seed=0,
     )
-    return {"rows": write_chunks(job, responses(llm, job)), "row_seeds": True, **probe(job)}
+    chunks = answer_all(LLMEngine.from_engine_args(arguments), job)
+    return {**chunks.facts(), "row_seeds": True, **probe(job)}
+
+
+def answer_all(engine: Any, job: dict[str, Any]) -> Chunks:
+    """Step the engine, and give it a request for each that came out."""
+    chunks, requests = Chunks(job), read_requests(job)
+    waiting = requests[::-1]
+    num_inside = 0
+    while waiting or num_inside:
+        while waiting and num_inside < job["in_flight"]:
+            request = waiting.pop()
+            prompt = {"prompt_token_ids": request["prompt_ids"]}
+            engine.add_request(request["id"], prompt, sampling_parameters(job, request["seed"]))
+            num_inside += 1
+            chunks.in_flight(+1)
+        for output in engine.step():
+            if output.finished:
+                num_inside -= 1
+                chunks.in_flight(-1)
+                chunks.add(finished(output.request_id, output.outputs[0]))
+    chunks.write()
+    return chunks
 
 
 def sampling_parameters(job: dict[str, Any], seed: int) -> Any:
     """One object a request; every EOS id is a stop id, so that the model's own generation config does not matter."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     sampling = job["sampling"]
     return SamplingParams(
@@ -144,25 +192,19 @@ def sampling_parameters(job: dict[str, Any], seed: int) -> Any:
         stop_token_ids=sampling["eos_ids"],
         ignore_eos=True,
         detokenize=False,
+        # One output a request, when it is done, instead of one a step.
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def responses(llm: Any, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Responses in the order of the requests; vLLM gets job["in_flight"] of them at a time and batches as it likes."""
-    requests = read_requests(job)
-    for start in range(0, len(requests), job["in_flight"]):
-        window = requests[start : start + job["in_flight"]]
-        prompts = [{"prompt_token_ids": request["prompt_ids"]} for request in window]
-        parameters = [sampling_parameters(job, request["seed"]) for request in window]
-        outputs = llm.generate(prompts, parameters, use_tqdm=False)
-        for request, output in zip(window, outputs, strict=True):
-            answer = output.outputs[0]
-            yield {
-                "id": request["id"],
-                "token_ids": list(answer.token_ids),
-                "finish_reason": str(answer.finish_reason),
-                "stop_reason": answer.stop_reason if isinstance(answer.stop_reason, int) else None,
-            }
+def finished(request_id: str, output: Any) -> dict[str, Any]:
+    """A response as the engine gives it; the driver puts EOS right."""
+    return {
+        "id": request_id,
+        "token_ids": list(output.token_ids),
+        "finish_reason": str(output.finish_reason),
+        "stop_reason": output.stop_reason if isinstance(output.stop_reason, int) else None,
+    }
 
 
 ACTIONS = {"probe": probe, "generate": generate}

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from spin_megatron.config import RunConfig, StageName, flat_settings
 from spin_megatron.config_file import apply_override, load_config, validate_config
@@ -21,8 +22,8 @@ from spin_megatron.run.layout import RunLayout
 
 logger = logging.getLogger(__name__)
 
-# A started run may be moved to another layout or machine: these sections decide how, not what.
-CHANGEABLE = ("parallel", "launch", "slurm", "quality")
+# A started run may be moved to another layout or machine: these sections and settings decide how, not what.
+CHANGEABLE = ("parallel", "launch", "slurm", "quality", "generate.environment")
 _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped and saved its state"}
 
 
@@ -167,10 +168,20 @@ def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, R
 
 def changes(config: RunConfig, layout: RunLayout) -> list[str]:
     """The --set options that make a stage's process see this layout; what Slurm is asked for does not concern it."""
-    sections = [section for section in CHANGEABLE if section != "slurm"]
     frozen, _ = open_run(layout.root)
-    then, now = flat_settings(frozen, sections), flat_settings(config, sections)
+    then, now = _changeable_settings(frozen), _changeable_settings(config)
     return [f"{name}={json.dumps(value)}" for name, value in now.items() if value != then[name]]
+
+
+def _changeable_settings(config: RunConfig) -> dict[str, Any]:
+    """What may change and a stage's process has to know, by name; [slurm] is no concern of a stage."""
+    flat = flat_settings(config, [name for name in CHANGEABLE if name not in ("slurm", "generate.environment")])
+    environment = config.generate.environment.model_dump(mode="json")
+    return flat | {f"generate.environment.{name}": value for name, value in environment.items()}
+
+
+def _is_changeable(name: str) -> bool:
+    return any(name == changeable or name.startswith(f"{changeable}.") for changeable in CHANGEABLE)
 
 
 def open_or_start(arguments: argparse.Namespace) -> tuple[RunConfig, RunLayout]:
@@ -201,14 +212,15 @@ def _same_run(frozen: RunConfig, config: RunConfig, layout: RunLayout) -> RunCon
     differing = [
         f"{section}.{key}: {then[section][key]!r} -> {now[section][key]!r}"
         for section in now
-        if section not in CHANGEABLE
         for key in now[section]
-        if then[section].get(key) != now[section][key]
+        if not _is_changeable(f"{section}.{key}") and then[section].get(key) != now[section][key]
     ]
     if differing:
         lines = "\n  ".join(differing)
         raise ValueError(f"{layout.root} was started with other settings:\n  {lines}\nUse another --run-dir, or restore the settings.")
-    return frozen.model_copy(update={section: getattr(config, section) for section in CHANGEABLE})
+    changed: dict[str, Any] = {name: getattr(config, name) for name in CHANGEABLE if "." not in name}
+    changed["generate"] = frozen.generate.model_copy(update={"environment": config.generate.environment})
+    return frozen.model_copy(update=changed)
 
 
 def _withchanges(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -217,8 +229,7 @@ def _withchanges(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         return config
     values = config.model_dump(mode="json")
     for override in overrides:
-        section = override.partition(".")[0]
-        if section not in CHANGEABLE:
+        if not _is_changeable(override.partition("=")[0].strip()):
             raise ValueError(f"--set {override!r}: a started run keeps its settings; only {' and '.join(CHANGEABLE)} may change.")
         apply_override(values, override)
     return validate_config(values, origin="the started run with --set")

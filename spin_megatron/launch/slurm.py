@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spin_megatron.config import RunConfig, SlurmStageSection, StageName
+from spin_megatron.generation.engine import EXTERNAL
 from spin_megatron.launch.loop import check_config, open_or_start
 from spin_megatron.pipeline import STAGES, StageRef, folder_of, line, made_in
 from spin_megatron.run import manifest as manifests
@@ -236,6 +237,22 @@ def check_resources(config: RunConfig) -> None:
             raise ValueError(
                 f"slurm.stages.{stage}: nodes={settings.nodes} x ranks_per_node={settings.ranks_per_node} must be {wanted} "
                 f"({'the ranks of [parallel]' if wanted > 1 else 'this stage is one process'}); set both in [slurm.stages.{stage}]."
+            )
+    _check_engine_gpus(config)
+
+
+def _check_engine_gpus(config: RunConfig) -> None:
+    """An engine that is told its number of GPUs must get them, to build on and to answer on."""
+    if config.generate.engine not in EXTERNAL:
+        return
+    tensor, pipeline = config.generate.options.get("tensor_parallel", 0), config.generate.options.get("pipeline_parallel", 1)
+    wanted = max(int(tensor) * int(pipeline), 1)
+    for stage in ("build-engine", "generate"):
+        found = config.slurm.of(stage).gpus_per_node
+        if found < wanted:
+            raise ValueError(
+                f"slurm.stages.{stage}: gpus_per_node={found}, but generate.engine={config.generate.engine} runs on {wanted} GPUs of one "
+                f"node (generate.options tensor_parallel x pipeline_parallel); set gpus_per_node = {wanted} in [slurm.stages.{stage}]."
             )
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spin_megatron.config import RunConfig
+from spin_megatron.generation.engine import EXTERNAL
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, new_attempt
 from spin_megatron.launch.loop import changes, open_run
 from spin_megatron.launch.slurm import ADVANCE, chain, num_done, run_slurm, submit
@@ -142,7 +143,7 @@ class _Step:
         self._beats = STAGES[ref.name].resumes
         self._stop_file, self._heartbeat = layout.stop_file(*names), layout.heartbeat(*names)
         self.logs = new_attempt(log_folder(layout, ref))
-        self._words = srun_command(config, layout, ref, self.logs)
+        self._words = step_command(config, layout, ref, self.logs)
         self._environment = dict(os.environ, MASTER_ADDR=_first_host(), MASTER_PORT=str(20000 + int(element.job_id) % 10000))
 
     def run(self) -> int:
@@ -180,14 +181,43 @@ class _Step:
             process.kill()
 
 
+def step_command(config: RunConfig, layout: RunLayout, ref: StageRef, logs: Path) -> list[str]:
+    """What runs a stage: srun with one process a rank, or, for an engine of another environment, its driver in this batch shell."""
+    if ref.name in ("build-engine", "generate") and config.generate.engine in EXTERNAL:
+        # The driver starts the engine's own step, and a step inside a step would wait for what the outer one holds.
+        words = ["env", "SLURM_PROCID=0", "SLURM_NTASKS=1", "SLURM_LOCALID=0", sys.executable]
+        return words + _rank_words(config, layout, ref, logs) + [word for change in engine_changes(config) for word in ("--set", change)]
+    return srun_command(config, layout, ref, logs)
+
+
+def engine_changes(config: RunConfig) -> list[str]:
+    """[generate.environment] of a Slurm job, as --set options: srun is the launcher unless the config names one, env.sh adds the rest.
+
+    SPIN_ENGINE_SRUN_OPTIONS holds the engine's container, SPIN_ENGINE_PYTHON the interpreter in it.
+    """
+    changed: dict[str, object] = {}
+    if not config.generate.environment.launcher:
+        # One node; the step's tasks share all that the job has, rather than a CPU each.
+        shape = ["--nodes=1", "--ntasks={ranks}", "--ntasks-per-node={ranks}", "--cpu-bind=none", "--kill-on-bad-exit=1"]
+        options = shlex.split(os.environ.get("SPIN_ENGINE_SRUN_OPTIONS", ""))
+        changed["launcher"] = ["srun", "--mpi=pmix", *shape, *options]
+    if os.environ.get("SPIN_ENGINE_PYTHON"):
+        changed["python"] = os.environ["SPIN_ENGINE_PYTHON"]
+    return [f"generate.environment.{name}={json.dumps(value)}" for name, value in changed.items()]
+
+
 def srun_command(config: RunConfig, layout: RunLayout, ref: StageRef, logs: Path) -> list[str]:
     """The srun line of a stage: one process a rank. SPIN_SRUN_OPTIONS (env.sh) holds a container's options, SPIN_RANK_PYTHON its Python."""
     settings = config.slurm.of(ref.name)
     words = ["srun", "--kill-on-bad-exit=1", "--wait=60", "--label", f"--nodes={settings.nodes}"]
     words += [f"--ntasks-per-node={settings.ranks_per_node}", f"--cpus-per-task={settings.cpus_per_rank}"]
     words += shlex.split(os.environ.get("SPIN_SRUN_OPTIONS", ""))
-    words += [os.environ.get("SPIN_RANK_PYTHON") or sys.executable, "-m", "spin_megatron.launch.rank", str(logs)]
-    words += [ref.name, "--run-dir", str(layout.root), "--iteration", str(ref.iteration)]
+    return [*words, os.environ.get("SPIN_RANK_PYTHON") or sys.executable, *_rank_words(config, layout, ref, logs)]
+
+
+def _rank_words(config: RunConfig, layout: RunLayout, ref: StageRef, logs: Path) -> list[str]:
+    """The arguments of the Python of a rank."""
+    words = ["-m", "spin_megatron.launch.rank", str(logs), ref.name, "--run-dir", str(layout.root), "--iteration", str(ref.iteration)]
     if ref.shard is not None:
         words += ["--shard", str(ref.shard)]
     return words + [word for change in changes(config, layout) for word in ("--set", change)]

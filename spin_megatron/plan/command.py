@@ -12,7 +12,7 @@ from typing import Any
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
-from spin_megatron.plan.duration import IterationTime, RunSettings, Storage, Workload, engine_tensor, gpu_hours, run_time
+from spin_megatron.plan.duration import IterationTime, RunSettings, Storage, Workload, engine_gpus, engine_tensor, gpu_hours, run_time
 from spin_megatron.plan.hardware import GIGA, GPUS, Gpu, find_gpu
 from spin_megatron.plan.layouts import Candidate, Question, Refusal, Search, check_fits, describe, search, try_layout
 from spin_megatron.plan.memory import RankMemory, Recompute, TrainSettings, all_ranks
@@ -27,7 +27,7 @@ DEFAULT_ANSWER_TOKENS = 314
 DEFAULT_EXAMPLES = 50_000
 # The engine that decodes eagerly on one GPU, and those that are built before they are loaded.
 _EAGER_ENGINE = "builtin"
-_BUILT_ENGINES = ("trtllm", "trtllm-engine")
+_BUILT_ENGINES = ("trtllm-engine",)
 # Engines with in-flight batching run as many sequences as fit; vLLM starts at most this many (its default max_num_seqs).
 _IN_FLIGHT_BATCH = 256
 
@@ -47,6 +47,7 @@ class Plan:
     """The answer: every layout, and the best one's memory by rank and stages by iteration (empty when nothing fits).
 
     own: what becomes of the config's [parallel] and train.recompute; None when it is for another number of GPUs.
+    engine_gpus: of each of the engines that answer side by side.
     """
 
     question: Question
@@ -56,6 +57,7 @@ class Plan:
     ranks: list[RankMemory]
     iterations: list[IterationTime]
     warnings: list[str]
+    engine_gpus: int
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -170,16 +172,24 @@ def make_plan(config: RunConfig, question: Question, num_gpus: int, *, storage: 
     found = search(question, num_gpus, recompute=recompute)
     layout = config.parallel.layout()
     own = try_layout(question, layout, recompute=config.train.recompute) if layout.world_size == num_gpus else None
+    run, warnings = _run_settings(config, question, storage)
+    gpus = engine_gpus(question.shape, question.gpu, question.workload, run)
     if not found.candidates:
-        return Plan(question, num_gpus, found, own, [], [], [])
+        return Plan(question, num_gpus, found, own, [], [], [], gpus)
     best = found.candidates[0]
+    iterations = run_time(question.shape, best.layout, best.settings, question.gpu, workload=question.workload, batch=best.batch, run=run)
+    return Plan(question, num_gpus, found, own, all_ranks(question.shape, best.layout, best.settings), iterations, warnings, gpus)
+
+
+def _run_settings(config: RunConfig, question: Question, storage: Storage) -> tuple[RunSettings, list[str]]:
+    """What answers and how often training saves; a warning where the chosen engine cannot hold the model."""
     engine, warnings = config.generate.engine, []
     is_eager = engine == _EAGER_ENGINE
     if is_eager and engine_tensor(question.shape, question.gpu) > 1:
         is_eager = False
         warnings.append(
             f"generate.engine={engine} runs on one GPU, where this model's weights leave too little room; the times are those of an "
-            "engine with tensor parallelism: set generate.engine to one (docs/planner.md)."
+            "engine with tensor parallelism: set generate.engine to one (docs/engines.md)."
         )
     run = RunSettings(
         engine_kind="eager" if is_eager else "compiled",
@@ -188,8 +198,7 @@ def make_plan(config: RunConfig, question: Question, num_gpus: int, *, storage: 
         save_every_steps=config.train.save_every_steps,
         storage=storage,
     )
-    iterations = run_time(question.shape, best.layout, best.settings, question.gpu, workload=question.workload, batch=best.batch, run=run)
-    return Plan(question, num_gpus, found, own, all_ranks(question.shape, best.layout, best.settings), iterations, warnings)
+    return run, warnings
 
 
 def check_config_fits(config: RunConfig, gpu_name: str, *, model_config: Path | None = None) -> Candidate:

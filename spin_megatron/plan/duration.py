@@ -149,6 +149,21 @@ def engine_tensor(shape: ModelShape, gpu: Gpu, *, element_bytes: int = 2) -> int
     return tensor
 
 
+def replica_tensor(
+    shape: ModelShape, gpu: Gpu, *, prompt_tokens: float, new_tokens: float, max_batch: int = MAX_ENGINE_BATCH, element_bytes: int = 2
+) -> int:
+    """GPUs of one compiled engine with the highest output rate a GPU, within a server: several small ones rather than one large."""
+    fewest = engine_tensor(shape, gpu, element_bytes=element_bytes)
+    rates: dict[int, float] = {}
+    for tensor in (2**power for power in range(gpu.gpus_per_node.bit_length())):
+        if tensor < fewest or shape.num_heads % tensor:
+            continue
+        request = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+        made = generation(shape, gpu, kind="compiled", tensor=tensor, max_batch=max_batch, element_bytes=element_bytes, **request)
+        rates[tensor] = made.tokens_per_second / tensor if made is not None else 0.0
+    return max(rates, key=lambda tensor: rates[tensor], default=fewest)
+
+
 @dataclass(frozen=True)
 class Storage:
     """read_rate, write_rate: bytes/s of the shared file system, all ranks together."""
@@ -214,9 +229,17 @@ def run_time(
     return iterations
 
 
+def engine_gpus(shape: ModelShape, gpu: Gpu, workload: Workload, run: RunSettings) -> int:
+    """GPUs of one of the engines that answer side by side."""
+    if run.engine_kind == "eager":
+        return 1
+    prompt_tokens, new_tokens = workload.prompt_tokens, workload.generated_tokens
+    return replica_tensor(shape, gpu, prompt_tokens=prompt_tokens, new_tokens=new_tokens, max_batch=run.max_batch)
+
+
 def _generate_seconds(shape: ModelShape, layout: ParallelLayout, gpu: Gpu, workload: Workload, run: RunSettings) -> float:
     """All GPUs answer: as many engines as fit side by side. Infinite where no engine fits."""
-    tensor = min(engine_tensor(shape, gpu), layout.world_size)
+    tensor = min(engine_gpus(shape, gpu, workload, run), layout.world_size)
     made = generation(
         shape,
         gpu,

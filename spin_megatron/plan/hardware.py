@@ -4,6 +4,7 @@ Rates are per GPU. Network and NVLink rates are one direction: half of the "bidi
 """
 
 import difflib
+import re
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -71,3 +72,12 @@ def find_gpu(name: str) -> Gpu:
     close = beginning or difflib.get_close_matches(wanted, GPUS, n=1)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise ValueError(f"--gpu {name!r} is not in the table of GPUs; known are {', '.join(GPUS)} (spin_megatron/plan/hardware.py).{hint}")
+
+
+def gpu_of_driver_name(name: str) -> Gpu | None:
+    """The GPU that nvidia-smi calls, say, "NVIDIA H100 80GB HBM3"; None where the table has none, or several and the name does not say."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    of_model = [gpu for gpu in GPUS.values() if gpu.name.partition("-")[0] in words]
+    of_memory = [gpu for gpu in of_model if gpu.name.partition("-")[2] in words]
+    found = of_memory or of_model
+    return found[0] if len(found) == 1 else None

@@ -5,7 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from spin_megatron.plan.command import Plan
-from spin_megatron.plan.duration import IterationTime, engine_tensor, gpu_hours
+from spin_megatron.plan.duration import IterationTime, gpu_hours
 from spin_megatron.plan.hardware import GIGA
 from spin_megatron.plan.layouts import Candidate, Refusal, describe, usable_bytes
 from spin_megatron.plan.memory import RankMemory
@@ -44,7 +44,7 @@ def print_plan(plan: Plan, *, top: int, show_refused: bool) -> None:
 def _headline(plan: Plan) -> str:
     question, workload = plan.question, plan.question.workload
     shape = question.shape
-    tensor = engine_tensor(shape, question.gpu)
+    tensor = plan.engine_gpus
     return (
         f"{shape.family}, {count_parameters(shape) / GIGA:.2f} G parameters, {question.settings.precision}, "
         f"{question.settings.optimizer}; {plan.num_gpus} x {question.gpu.name}\n"

@@ -3,7 +3,7 @@
 The built-in engine has nothing to build. Its folder still gets engine.json, so that every iteration says what answered.
 """
 
-from spin_megatron.generation.engine import EngineSpec, eos_token_ids, provider
+from spin_megatron.generation.engine import EngineSpec, Environment, eos_token_ids, provider
 from spin_megatron.run.manifest import write_json
 from spin_megatron.stages.context import StageContext, StageOutput
 
@@ -18,6 +18,12 @@ def engine_spec(context: StageContext) -> EngineSpec:
         max_prompt_tokens=data.max_prompt_tokens,
         max_new_tokens=data.max_response_tokens,
         options=generate.options,
+        environment=Environment(
+            generate.environment.python,
+            tuple(generate.environment.prefix),
+            tuple(generate.environment.launcher),
+            tuple(generate.environment.variables),
+        ),
         prompt_files=(context.layout.prompts, context.layout.held_out),
     )
 

@@ -30,6 +30,7 @@ SOURCES = {
         class BaseLlmArgs(StrictBaseModel):
             model: Union[str, Path] = Field(description="where")
             kv_cache_config: KvCacheConfig = Field(default_factory=KvCacheConfig)
+            max_batch_size: Optional[int] = Field(default=2048)
             max_input_len: Optional[int] = Field(default=1024)
             max_num_tokens: Optional[int] = Field(default=8192)
             {base}
@@ -40,6 +41,7 @@ SOURCES = {
             quant_config: Optional[QuantConfig] = None
             calib_config: Optional[CalibConfig] = None
             enable_build_cache: Union[BuildCacheConfig, bool] = Field(default=False)
+            workspace: Optional[str] = Field(default=None)
         class KvCacheConfig(StrictBaseModel):
             enable_block_reuse: bool = Field(default=True)
             free_gpu_memory_fraction: Optional[float] = Field(default=0.9, ge=0)

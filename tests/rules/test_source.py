@@ -10,7 +10,9 @@ from tests.rules.sources import Function, Source, all_sources, dotted_name, impo
 from tests.rules.test_imports import within
 
 CUDA_PLACES = ("spin_megatron/mcore/", "spin_megatron/objective/logprobs_triton.py")
-ENVIRONMENT_PLACES = ("spin_megatron/mcore/runtime.py", "spin_megatron/launch/", "spin_megatron/cli.py")
+# The worker scripts are programs of another environment.
+WORKERS = ("spin_megatron/generation/trtllm_worker.py", "spin_megatron/generation/vllm_worker.py")
+ENVIRONMENT_PLACES = ("spin_megatron/mcore/runtime.py", "spin_megatron/launch/", "spin_megatron/cli.py", *WORKERS)
 LAYOUT = "spin_megatron/run/layout.py"
 
 MAX_FUNCTION_LINES = 60

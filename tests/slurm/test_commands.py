@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from spin_megatron.config import RunConfig
+from spin_megatron.launch.loop import open_run
 from spin_megatron.launch.slurm import chain, check_resources, dry_run
+from spin_megatron.launch.supervise import engine_changes, step_command
 from spin_megatron.pipeline import StageRef, folder_of, inputs_of, line, settings_of
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import Manifest, stage_key, write_manifest
@@ -160,3 +162,35 @@ def test_resources_that_do_not_fit_the_layout_are_refused(stages: dict, message:
         check_resources(config)
     with pytest.raises(ValueError, match=message):
         dry_run(config, RunLayout(tmp_path))
+
+
+def engine_config(**options: object) -> RunConfig:
+    stages = {name: {"gpus_per_node": 4} for name in ("build-engine", "generate")}
+    return make_config(generate={"engine": "trtllm-engine", "num_shards": 1, "options": options}, slurm={"stages": stages})
+
+
+def test_an_engine_gets_the_gpus_it_is_told_to_run_on() -> None:
+    check_resources(engine_config(tensor_parallel=2, pipeline_parallel=2))
+    with pytest.raises(ValueError, match=r"slurm\.stages\.build-engine: gpus_per_node=4, but generate.engine=trtllm-engine runs on 8 GPUs"):
+        check_resources(engine_config(tensor_parallel=8))
+
+
+def test_the_driver_of_an_engine_runs_in_the_batch_shell_and_its_step_under_srun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPIN_ENGINE_SRUN_OPTIONS", "--container-image='/my images/trtllm.sqsh'")
+    monkeypatch.setenv("SPIN_ENGINE_PYTHON", "/usr/bin/python3.12")
+    config, layout = engine_config(tensor_parallel=4), RunLayout(tmp_path)
+    layout.run_json.write_text(config.model_dump_json())
+    words = step_command(config, layout, StageRef("generate", 0, 0), tmp_path / "logs")
+    assert words[:4] == ["env", "SLURM_PROCID=0", "SLURM_NTASKS=1", "SLURM_LOCALID=0"]
+    # What the stage's process reads of it is the engine's command: srun, the container, its Python.
+    environment = open_run(tmp_path, [word for word in words if word.startswith("generate.environment.")])[0].generate.environment
+    assert environment.python == "/usr/bin/python3.12"
+    assert environment.launcher[:2] == ["srun", "--mpi=pmix"]
+    assert {"--nodes=1", "--ntasks={ranks}", "--container-image=/my images/trtllm.sqsh"} <= set(environment.launcher)
+    assert step_command(config, layout, StageRef("merge", 0), tmp_path / "logs")[0] == "srun"
+
+
+def test_a_launcher_in_the_config_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPIN_ENGINE_PYTHON", raising=False)
+    config = make_config(generate={"engine": "vllm", "environment": {"launcher": ["mpirun", "-n", "{ranks}"]}})
+    assert engine_changes(config) == []

@@ -6,6 +6,9 @@ import pytest
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
+from spin_megatron.launch.loop import changes, open_run
+from spin_megatron.pipeline import StageRef, settings_of
+from spin_megatron.run.layout import RunLayout
 
 MINIMAL = '[model]\npath = "org/model"\nrevision = "abc"\n[data]\nsource = "org/data"\nrevision = "def"\n[train]\npack_tokens = 4096\n'
 
@@ -80,3 +83,22 @@ def test_paths_are_relative_to_the_config_and_may_hold_spaces_and_quotes(tmp_pat
 def test_the_frozen_form_gives_the_same_config(tmp_path: Path) -> None:
     config = load_config(write(tmp_path), ["objective.beta=[0.1, 5.0]", "data.columns.id='row id'"])
     assert RunConfig.from_json(config.model_dump_json()) == config
+
+
+def test_where_an_engine_is_started_may_change_in_a_started_run_and_its_engine_may_not(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["generate.engine=vllm"])
+    layout = RunLayout(tmp_path)
+    layout.run_json.write_text(config.model_dump_json())
+    moved, _ = open_run(tmp_path, ['generate.environment.prefix=["apptainer", "exec", "it\'s.sif"]'])
+    assert moved.generate.environment.prefix == ["apptainer", "exec", "it's.sif"]
+    # A stage's process is told by options, and no finished stage becomes stale.
+    assert open_run(tmp_path, changes(moved, layout))[0] == moved
+    for ref in (StageRef("build-engine", 0), StageRef("generate", 0, 0)):
+        assert settings_of(moved, ref) == settings_of(config, ref)
+    with pytest.raises(ValueError, match="a started run keeps its settings"):
+        open_run(tmp_path, ["generate.engine=builtin"])
+
+
+def test_a_variable_of_the_environment_is_name_and_value(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'NCCL DEBUG' is not of the form NAME=VALUE"):
+        load_config(write(tmp_path), ['generate.environment.variables=["NCCL DEBUG"]'])

@@ -8,7 +8,8 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,20 +19,19 @@ import pytest
 import torch
 
 from spin_megatron.generation import external
-from spin_megatron.generation.engine import EngineSpec, Prompt, Sampling, provider
-from spin_megatron.generation.external import normalised, worker_words
+from spin_megatron.generation.engine import EngineSpec, Environment, Prompt, Sampling, provider
+from spin_megatron.generation.external import WorkerCommand, normalised
 from spin_megatron.run.records import GeneratedRow, PromptRow, write_rows
 from spin_megatron.run.seeds import row_seed
+from tests.doubles.installation import H100, Site
 from tests.doubles.toy_model import answer, weights_mark
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from tests.unit.tiny_models import TINY, write_model
 
-DOUBLES = Path(__file__).parents[1] / "doubles"
 GENERATION = Path(external.__file__).parent
 EOS = (2, 3)
 SAMPLED = Sampling(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=12, eos_ids=EOS)
 GREEDY = replace(SAMPLED, temperature=0.0)
-GPU_LINE = "NVIDIA H100 80GB HBM3, 9.0, 580.65"
 ENGINES = ("trtllm-engine", "trtllm-torch", "vllm")
 
 
@@ -43,36 +43,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> "Site":
+def site(tmp_path: Path) -> Site:
     return Site(tmp_path / "site")
-
-
-class Site:
-    """An environment to run workers in: the doubles, installed as some version, and an nvidia-smi that shows one GPU."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "bin").mkdir(parents=True)
-        self.gpu(GPU_LINE)
-        self.install("tensorrt_llm", "1.2.1")
-        self.install("vllm", "0.11.0")
-
-    def gpu(self, line: str) -> None:
-        script = self.folder / "bin" / "nvidia-smi"
-        script.write_text(f"#!/bin/sh\necho '{line}'\n" if line else "#!/bin/sh\nexit 9\n")
-        script.chmod(0o755)
-
-    def install(self, package: str, version: str) -> None:
-        for old in self.folder.glob(f"{package}-*.dist-info"):
-            (old / "METADATA").unlink()
-            old.rmdir()
-        info = self.folder / f"{package}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
-
-    def command(self, *settings: str) -> str:
-        path = f"PATH={self.folder / 'bin'}:/usr/bin:/bin"
-        return " ".join(["env", path, f"PYTHONPATH={DOUBLES}:{self.folder}", *settings, sys.executable])
 
 
 def make_prompts(count: int = 13) -> list[Prompt]:
@@ -84,8 +56,8 @@ def make_spec(model: Path, site: Site, name: str = "trtllm-engine", **options: A
     prompt_file = model.parent / "prompts.parquet"
     write_rows(prompt_file, [PromptRow(prompt.example_id, prompt.token_ids, (5, 2), False) for prompt in make_prompts()], PromptRow)
     dtype = "float32" if name == "vllm" else "bfloat16"
-    chosen = {"command": site.command(), **options}
-    return EngineSpec(model, dtype, 4, max_prompt_tokens=20, max_new_tokens=12, options=chosen, prompt_files=(prompt_file,))
+    limits = {"max_prompt_tokens": 20, "max_new_tokens": 12}
+    return EngineSpec(model, dtype, 4, options=options, prompt_files=(prompt_file,), environment=site.environment(), **limits)
 
 
 def by_id(rows: Iterator[GeneratedRow]) -> dict[str, GeneratedRow]:
@@ -157,7 +129,7 @@ def test_what_ran_is_told(model: Path, site: Site, tmp_path: Path) -> None:
     spec = make_spec(model, site)
     facts = provider("trtllm-engine").build(spec, tmp_path / "engine")
     assert (facts["engine"], facts["tensorrt_llm"], facts["gpu"]) == ("trtllm-engine", "1.2.1", "NVIDIA H100 80GB HBM3")
-    assert (facts["compute_capability"], facts["max_input_len"], facts["from_cache"]) == ("9.0", "13", False)
+    assert (facts["compute_capability"], facts["max_input_len"], facts["from_cache"]) == ("9.0", 13, False)
     with closing(provider("trtllm-engine").load(spec, tmp_path / "engine", tmp_path / "work")) as engine:
         list(engine.generate(make_prompts(), GREEDY))
         told = engine.describe()
@@ -189,8 +161,8 @@ def test_equal_weights_come_from_the_cache_and_timings_are_reused(model: Path, s
     assert not (tmp_path / "b" / "work" / "build").exists()
     write_model(model, TINY, dtype=torch.float32, seed=8)
     engine.build(spec, tmp_path / "c")
-    reused = [json.loads((tmp_path / name / "config.json").read_text())["timings_reused"] for name in ("a", "c")]
-    assert reused == [False, True]
+    timings = [json.loads((tmp_path / name / "config.json").read_text())["timings"] for name in ("a", "c")]
+    assert timings == ["", "timed\n"]
 
 
 @pytest.mark.parametrize("change", ["version", "gpu"])
@@ -200,7 +172,7 @@ def test_shards_refuse_an_engine_of_another_release_or_gpu(change: str, model: P
     if change == "version":
         site.install("tensorrt_llm", "1.2.0")
     else:
-        site.gpu("NVIDIA A100-SXM4-80GB, 8.0, 580.65")
+        site.gpus("NVIDIA A100-SXM4-80GB, 8.0, 580.65")
     with pytest.raises(ValueError, match="tensorrt_llm: built with '1.2.1'" if change == "version" else "gpu: built with 'NVIDIA H100"):
         provider("trtllm-engine").load(spec, tmp_path / "engine", tmp_path / "work")
 
@@ -215,11 +187,11 @@ def test_fp8_is_calibrated_on_the_run_s_own_prompts(model: Path, site: Site, tmp
     assert texts == [tokenizer.decode(prompt.token_ids, skip_special_tokens=False) for prompt in make_prompts()[:3]]
 
 
-@pytest.mark.parametrize("name", ["trtllm-engine", "trtllm-torch"])
+@pytest.mark.parametrize("name", ENGINES)
 def test_a_crash_in_the_middle_keeps_the_chunks_and_the_rest_is_answered_once(name: str, model: Path, site: Site, tmp_path: Path) -> None:
     prompts, spec = make_prompts(), make_spec(model, site, name)
     provider(name).build(spec, tmp_path / "engine")
-    crashing = replace(spec, options={**spec.options, "command": site.command("DOUBLE_CRASH_AFTER=9")})
+    crashing = replace(spec, environment=site.environment("DOUBLE_CRASH_AFTER=9"))
     got: list[GeneratedRow] = []
     crash = pytest.raises(RuntimeError, match=r"left no result \(exit code 9\)")
     with closing(provider(name).load(crashing, tmp_path / "engine", tmp_path / "work")) as engine, crash:
@@ -235,11 +207,9 @@ def test_a_crash_in_the_middle_keeps_the_chunks_and_the_rest_is_answered_once(na
 def test_a_worker_that_shows_no_progress_is_ended(model: Path, site: Site, tmp_path: Path) -> None:
     spec = make_spec(model, site, "trtllm-torch")
     provider("trtllm-torch").build(spec, tmp_path / "engine")
-    sleeper = tmp_path / "sleeper.sh"
-    sleeper.write_text(f'#!/bin/sh\ncase "$(cat "$2")" in *generate*) sleep 600;; *) exec {site.command()} "$@";; esac\n')
-    sleeper.chmod(0o755)
-    stuck = replace(spec, options={**spec.options, "command": str(sleeper), "no_progress_seconds": 8})
-    ended = pytest.raises(RuntimeError, match="showed no progress for 8 s")
+    site.program("sleeper", 'case "$(cat "$3")" in *generate*) sleep 600;; *) exec "$@";; esac')
+    stuck = replace(spec, environment=site.environment(prefix=("sleeper",)), options={"no_progress_seconds": 3})
+    ended = pytest.raises(RuntimeError, match="showed no progress for 3 s")
     with closing(provider("trtllm-torch").load(stuck, tmp_path / "engine", tmp_path / "work")) as engine, ended:
         list(engine.generate(make_prompts(), SAMPLED))
 
@@ -255,15 +225,15 @@ def test_a_stop_in_the_middle_ends_the_worker(model: Path, site: Site, tmp_path:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_package_that_is_not_there_is_named(name: str, model: Path, site: Site, tmp_path: Path) -> None:
-    spec = make_spec(model, site, name, command=f"env PATH=/usr/bin:/bin PYTHONPATH= {sys.executable} -S")
+    spec = replace(make_spec(model, site, name), environment=Environment(sys.executable))
     package = "vllm" if name == "vllm" else "tensorrt_llm"
-    with pytest.raises(RuntimeError, match=f"{package} is not installed"):
+    with pytest.raises(ValueError, match=f"{package} is not installed"):
         provider(name).build(spec, tmp_path / "engine")
 
 
 @pytest.mark.parametrize("name", ["trtllm-engine", "trtllm-torch"])
 def test_a_machine_without_a_gpu_is_refused(name: str, model: Path, site: Site, tmp_path: Path) -> None:
-    site.gpu("")
+    site.gpus()
     with pytest.raises(ValueError, match="nvidia-smi shows none"):
         provider(name).build(make_spec(model, site, name), tmp_path / "engine")
 
@@ -271,13 +241,12 @@ def test_a_machine_without_a_gpu_is_refused(name: str, model: Path, site: Site, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tensor_parallel": 0}, "tensor_parallel=0"),
+        ({"tensor_parallel": -1}, "tensor_parallel=-1"),
+        ({"tensor_parallel": 2}, "a replica on 2 GPUs .* does not fit on the 1 that are there"),
         ({"tensor_parallel": 2.5}, "tensor_parallel=2.5.*of type int"),
         ({"quantization": "int4"}, "quantization='int4'.*'none' or 'fp8'"),
         ({"free_gpu_memory_fraction": 1.0}, "between 0 and 1"),
-        ({"comand": "python3"}, "comand"),
-        ({"command": "python3 'unfinished"}, "no command line"),
-        ({"command": "srun -n {gpus} python3"}, "{ranks} is its one placeholder"),
+        ({"quantisation": "fp8"}, "quantisation"),
         ({"in_flight": True}, "of type int"),
     ],
 )
@@ -291,10 +260,96 @@ def test_a_dtype_the_engine_is_not_built_in_is_refused(model: Path, site: Site, 
         provider("trtllm-engine").build(replace(make_spec(model, site), dtype="float32"), tmp_path / "engine")
 
 
-def test_several_gpus_start_through_srun_and_the_launcher() -> None:
-    words = worker_words("srun --mpi=pmix --ntasks={ranks} trtllm-llmapi-launch python3", ranks=4, option="command")
-    assert words == ("srun", "--mpi=pmix", "--ntasks=4", "trtllm-llmapi-launch", "python3")
-    assert worker_words("env 'A=b c' python3", ranks=1, option="command") == ("env", "A=b c", "python3")
+def test_several_gpus_start_as_ranks_of_the_launcher_tied_together(model: Path, site: Site, tmp_path: Path) -> None:
+    site.gpus(H100, H100)
+    # As srun would: so many processes, of which the first is rank 0; as trtllm-llmapi-launch: split at spaces, deaf to failures.
+    site.program("launcher", 'echo "$@" >> ' + str(tmp_path / "started") + '; shift; exec "$@"')
+    site.program("trtllm-llmapi-launch", "TLLM_SPAWN_PROXY_PROCESS=1 $*; code=$?; [ $code -eq 0 ] || sleep 600")
+    launcher = (str(site.folder / "bin" / "launcher"), "--ntasks={ranks}")
+    spec = replace(make_spec(model, site, tensor_parallel=2), environment=site.environment(launcher=launcher))
+    folder = tmp_path / "it's an engine"  # with spaces and a quote in every path of a job
+    provider("trtllm-engine").build(spec, folder)
+    assert sorted(path.name for path in folder.glob("rank*.engine")) == ["rank0.engine", "rank1.engine"]
+    with closing(provider("trtllm-engine").load(spec, folder, folder / "a shard")) as engine:
+        assert by_id(engine.generate(make_prompts(), GREEDY)) == expected(model, make_prompts(), GREEDY)
+    started = (tmp_path / "started").read_text().splitlines()
+    words = [(line.split()[0], "trtllm-llmapi-launch" in line) for line in started]
+    # Looking what is there takes one process, building and answering take both GPUs.
+    assert words == [("--ntasks=1", False), ("--ntasks=2", True), ("--ntasks=1", False), ("--ntasks=2", True)]
+    (folder / "rank1.engine").unlink()
+    failed = pytest.raises(RuntimeError, match="lacks the engine files of ranks")
+    with closing(provider("trtllm-engine").load(spec, folder, tmp_path / "work")) as engine, failed:
+        list(engine.generate(make_prompts(), GREEDY))
+
+
+def test_several_gpus_without_a_launcher_are_one_process_that_spawns(model: Path, site: Site, tmp_path: Path) -> None:
+    site.gpus(H100, H100)
+    facts = provider("trtllm-engine").build(make_spec(model, site, tensor_parallel=1, pipeline_parallel=2), tmp_path / "engine")
+    assert (tmp_path / "engine" / "rank1.engine").exists()
+    assert facts["options"]["pipeline_parallel"] == 2
+
+
+@pytest.mark.parametrize(("gpu", "chosen"), [(H100, 1), ("NVIDIA A100-SXM4-40GB, 8.0, 580.65", 1)])
+def test_the_planner_chooses_one_gpu_a_replica_for_a_model_that_fits_on_one(
+    gpu: str, chosen: int, model: Path, site: Site, tmp_path: Path
+) -> None:
+    site.gpus(gpu, gpu, gpu, gpu)
+    facts = provider("trtllm-torch").build(make_spec(model, site, "trtllm-torch"), tmp_path / "engine")
+    assert facts["options"]["tensor_parallel"] == facts["options.tensor_parallel"] == chosen
+
+
+def test_a_gpu_the_planner_does_not_know_needs_a_given_number(model: Path, site: Site, tmp_path: Path) -> None:
+    site.gpus("NVIDIA Quantum 9000, 12.0, 580.65")
+    with pytest.raises(ValueError, match=r"tensor_parallel is not set.*Quantum 9000"):
+        provider("vllm").build(make_spec(model, site, "vllm"), tmp_path / "engine")
+    assert provider("vllm").build(make_spec(model, site, "vllm", tensor_parallel=1), tmp_path / "engine")["gpu"] == "NVIDIA Quantum 9000"
+
+
+def test_a_command_has_launcher_prefix_starter_and_python_in_this_order_and_a_path_no_shell_splits() -> None:
+    environment = Environment("/opt/trt/python3", ("apptainer", "exec", "--nv", "my image.sif"), ("srun", "-n{ranks}"), ("A=b c",))
+    command = WorkerCommand(environment, Path("/src/worker.py"), ranks=4, starter=("trtllm-llmapi-launch",), settings=("S=1",))
+    line = command.line(Path("/a run/it's/job.json"))
+    assert line[0] == "env"
+    assert line[(at := line.index("TLLM_LLMAPI_BUILD_CACHE")) - 1 : at + 1] == ["-u", "TLLM_LLMAPI_BUILD_CACHE"]
+    tail = ["srun", "-n4", "apptainer", "exec", "--nv", "my image.sif", "trtllm-llmapi-launch", "/opt/trt/python3", "/src/worker.py"]
+    assert line[line.index("S=1") :] == ["S=1", "A=b c", *tail, "/a%20run/it%27s/job.json"]
+
+
+def test_a_launcher_that_splits_at_spaces_refuses_a_script_with_one() -> None:
+    command = WorkerCommand(Environment(), Path("/my src/worker.py"), starter=("trtllm-llmapi-launch",))
+    with pytest.raises(ValueError, match="splits paths at spaces"):
+        command.line(Path("/job.json"))
+
+
+def test_an_interpreter_that_is_missing_is_told_by_its_setting(model: Path, site: Site, tmp_path: Path) -> None:
+    spec = replace(make_spec(model, site), environment=Environment("/opt/none/python3"))
+    with pytest.raises(ValueError, match=r"/opt/none/python3.*correct \[generate.environment\]"):
+        provider("trtllm-engine").build(spec, tmp_path / "engine")
+
+
+def test_a_driver_that_is_killed_takes_its_worker_along(model: Path, site: Site, tmp_path: Path) -> None:
+    site.program("sleeper", "echo $$ > " + str(tmp_path / "pid") + "; exec sleep 600")
+    environment = site.environment(prefix=("sleeper",))
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom spin_megatron.generation.engine import Environment\n"
+        "from spin_megatron.generation.external import Worker, WorkerCommand\n"
+        f"Worker(WorkerCommand({environment!r}, Path('w.py')), {{}}, Path(sys.argv[1]))\ntime.sleep(600)\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "work")])
+    try:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "")
+    finally:
+        driver.kill()
+        driver.wait()
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split(")")[1])
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -363,14 +418,14 @@ def test_a_worker_s_own_folder_hides_no_installed_package(site: Site, tmp_path: 
     # `vllm.py` lies beside vllm_worker.py: without care the worker would import our module for the package.
     job = {"schema": 1, "action": "generate", "result": str(tmp_path / "result.json"), "expected": {"version": "0.11.0", "gpu": "x"}}
     (tmp_path / "job.json").write_text(json.dumps(job))
-    command = ["env", *site.command().split()[1:], str(GENERATION / "vllm_worker.py"), str(tmp_path / "job.json")]
+    command = WorkerCommand(site.environment(), GENERATION / "vllm_worker.py").line(tmp_path / "job.json")
     subprocess.run(command, check=False, capture_output=True, timeout=60)
     assert "expects gpu 'x', here is 'NVIDIA H100 80GB HBM3'" in json.loads((tmp_path / "result.json").read_text())["error"]
 
 
 def test_a_job_of_another_schema_is_refused(site: Site, tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text(json.dumps({"schema": 2}))
-    command = ["env", *site.command().split()[1:], str(GENERATION / "trtllm_worker.py"), str(tmp_path / "job.json")]
+    command = WorkerCommand(site.environment(), GENERATION / "trtllm_worker.py").line(tmp_path / "job.json")
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert result.returncode != 0
     assert "this worker knows 1" in result.stderr

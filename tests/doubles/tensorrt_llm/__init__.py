@@ -3,20 +3,26 @@
 Its version is that of its metadata. It answers with toy_model. It is never installed with the package.
 """
 
+import asyncio
+import itertools
 import json
 import os
+from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from strict import Strict, load_release_line
+from strict import Line, Strict
 from toy_model import answer, weights_mark
 
 __version__ = version("tensorrt_llm")
-_LINE = load_release_line(__version__)
+_LINE = Line("tensorrt_llm")
 _IS_1_2 = tuple(map(int, __version__.split(".")[:2])) >= (1, 2)
-_ENGINE_ONLY = ("build_config", "quant_config", "calib_config", "enable_build_cache")
+_ENGINE_ONLY = ("build_config", "quant_config", "calib_config", "enable_build_cache", "workspace")
+# Answers in this process; some are slower than others, so that they come out in another order than they went in.
+_answers = itertools.count(1)
+_SLOW_SECONDS = 0.01
 
 
 class SamplingParams(Strict):
@@ -27,11 +33,11 @@ class SamplingParams(Strict):
     def __init__(self, **keywords: Any) -> None:
         super().__init__(**keywords)
         if self.top_p is not None and not 0 <= self.top_p <= 1:
-            raise ValueError(f"require 0 <= top_p <= 1, got {self.top_p}")
+            raise ValueError(f"require 0 <= top_p <= 1, got top_p={self.top_p}")
         if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"require top_k >= 0, got {self.top_k}")
+            raise ValueError(f"require top_k >= 0, got top_k={self.top_k}")
         if self.temperature is not None and (self.temperature < 0 or (self.temperature == 0 and not _IS_1_2)):
-            raise ValueError(f"temperature {self.temperature} is refused")
+            raise ValueError(f"require temperature >= 0, got temperature={self.temperature}")
 
     @property
     def is_greedy(self) -> bool:
@@ -50,13 +56,24 @@ if _LINE.has_engines:
         FIELDS = _LINE.fields("BuildConfig")
 
 
+class Response:
+    """What generate_async returns: awaited, it is itself, with outputs."""
+
+    def __init__(self, llm: "BaseLLM", prompt: list[int], params: SamplingParams) -> None:
+        self._llm, self._prompt, self._params = llm, prompt, params
+        self.outputs: list[Any] = []
+
+    def __await__(self) -> Generator[Any, None, "Response"]:
+        yield from asyncio.sleep(_SLOW_SECONDS * (len(self._prompt) % 3)).__await__()
+        self.outputs = [self._llm.finish(self._prompt, self._params)]
+        return self
+
+
 class BaseLLM:
-    """What both kinds share. Subclasses set mark, vocab_size, max_input_len, max_seq_len and uses_seeds."""
+    """What both kinds share. Subclasses set mark, vocab_size and uses_seeds."""
 
     mark: str
     vocab_size: int
-    max_input_len: int | None
-    max_seq_len: int
     uses_seeds: bool
     skip_tokenizer_init: bool
     in_flight = 0
@@ -68,44 +85,37 @@ class BaseLLM:
         if keywords["kv_cache_config"].enable_block_reuse:
             raise AssertionError("block reuse changes first-token logits of equal prompts")
 
-    def generate_async(self, inputs: dict[str, Any], sampling_params: SamplingParams) -> Any:
+    def check_request(self, num_prompt_tokens: int, _params: SamplingParams) -> None:
+        raise NotImplementedError
+
+    def generate_async(self, inputs: dict[str, Any], sampling_params: SamplingParams) -> Response:
         prompt = inputs["prompt_token_ids"]
         if self.skip_tokenizer_init and sampling_params.end_id is None:
-            raise ValueError("end_id is required without a tokenizer")
-        if self.max_input_len is not None and len(prompt) > self.max_input_len:
-            raise ValueError(f"prompt length {len(prompt)} exceeds max_input_len {self.max_input_len}")
-        if len(prompt) + sampling_params.max_tokens > self.max_seq_len:
-            raise ValueError(f"prompt + max_tokens exceeds max_seq_len {self.max_seq_len}")
+            raise ValueError("tokenizer is required to reset end_id if it is None")
+        self.check_request(len(prompt), sampling_params)
         self.in_flight += 1
-        if self.in_flight > 16:
+        if self.in_flight > int(os.environ.get("DOUBLE_IN_FLIGHT", "8")):
             raise AssertionError("more requests in flight than asked for")
-        return SimpleNamespace(result=lambda: self._finish(prompt, sampling_params))
+        return Response(self, prompt, sampling_params)
 
-    def _finish(self, prompt: list[int], params: SamplingParams) -> Any:
+    def finish(self, prompt: list[int], params: SamplingParams) -> Any:
         self.in_flight -= 1
         seed = None if params.is_greedy else (params.seed or 0) if self.uses_seeds else 42
         eos_ids = [params.end_id, *(params.stop_token_ids or [])]
         limits = {"vocab_size": self.vocab_size, "eos_ids": sorted(eos_ids), "max_tokens": params.max_tokens}
         tokens, ended_by = answer(self.mark, prompt, seed=seed, **limits)
         crash_after = os.environ.get("DOUBLE_CRASH_AFTER")
-        if crash_after is not None and _count_answers() > int(crash_after):
+        if crash_after is not None and next(_answers) > int(crash_after):
             os._exit(9)
         # The token that ended the response: end_id is sometimes left out, a stop id unless it was asked for.
         if ended_by is not None and (ended_by == params.end_id or not params.include_stop_str_in_output):
             tokens = tokens[:-1]
         stop_reason = ended_by if ended_by is not None and ended_by != params.end_id else None
         reason = "length" if ended_by is None else "stop"
-        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, finish_reason=reason, stop_reason=stop_reason)])
+        return SimpleNamespace(token_ids=tokens, finish_reason=reason, stop_reason=stop_reason)
 
     def shutdown(self) -> None:
         """Nothing to free."""
-
-
-_answers = iter(range(10**9))
-
-
-def _count_answers() -> int:
-    return next(_answers) + 1
 
 
 class LLM(BaseLLM):
@@ -118,7 +128,11 @@ class LLM(BaseLLM):
         self._check_keywords("TorchLlmArgs", keywords)
         self.mark = weights_mark(keywords["model"])
         self.vocab_size = json.loads((Path(keywords["model"]) / "config.json").read_text())["vocab_size"]
-        self.max_input_len, self.max_seq_len = None, keywords["max_seq_len"]
+        self._max_num_tokens = keywords["max_num_tokens"]
         self.skip_tokenizer_init = keywords["skip_tokenizer_init"]
         # auto is the PyTorch sampler, which has one generator for all requests.
         self.uses_seeds = keywords.get("sampler_type") == "TRTLLMSampler"
+
+    def check_request(self, num_prompt_tokens: int, _params: SamplingParams) -> None:
+        if num_prompt_tokens > self._max_num_tokens:
+            raise ValueError(f"prompt length {num_prompt_tokens} exceeds max_num_tokens {self._max_num_tokens}")

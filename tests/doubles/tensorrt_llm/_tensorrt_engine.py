@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from toy_model import weights_mark
 
-from tensorrt_llm import _LINE, BaseLLM, BuildConfig
+from tensorrt_llm import _LINE, BaseLLM, BuildConfig, SamplingParams
 
 if not _LINE.has_engines:
     raise ImportError("the TensorRT backend was removed")
@@ -20,9 +22,13 @@ class LLM(BaseLLM):
 
     def __init__(self, **keywords: Any) -> None:
         self._check_keywords("TrtLlmArgs", keywords)
+        if keywords["kv_cache_config"].dtype != "auto":
+            raise AssertionError("KvCacheConfig.dtype is not supported by the TensorRT backend.")
         if keywords.get("enable_build_cache") or os.environ.get("TLLM_LLMAPI_BUILD_CACHE"):
             raise AssertionError("the library's engine cache is keyed by path: it hands out stale engines")
         self._ranks = keywords["tensor_parallel_size"] * keywords["pipeline_parallel_size"]
+        if self._ranks == 1 and os.environ.get("TLLM_WORKER_USE_SINGLE_PROCESS") != "1":
+            raise AssertionError("MPI spawning fails inside a Slurm step")
         self.skip_tokenizer_init = keywords.get("skip_tokenizer_init", False)
         folder = Path(keywords["model"])
         if (folder / "rank0.engine").exists():
@@ -30,14 +36,14 @@ class LLM(BaseLLM):
         else:
             self._build(folder, keywords)
         self.mark, self.vocab_size = self._engine["mark"], self._engine["vocab_size"]
-        self.max_input_len, self.max_seq_len = self._engine["max_input_len"], self._engine["max_seq_len"]
 
     def _load(self, folder: Path, keywords: dict[str, Any]) -> None:
         if "build_config" in keywords:
             raise AssertionError("an engine is not built again")
+        self._built = folder
         self._engine = json.loads((folder / "config.json").read_text())
         if self._engine["ranks"] != self._ranks:
-            raise ValueError(f"the engine is for {self._engine['ranks']} ranks, got {self._ranks}")
+            raise ValueError(f"tp_size {self._ranks} is not consistent with the engine's {self._engine['ranks']}")
 
     def _build(self, folder: Path, keywords: dict[str, Any]) -> None:
         if keywords["dtype"] == "auto":
@@ -47,21 +53,31 @@ class LLM(BaseLLM):
         self._engine |= {"vocab_size": json.loads((folder / "config.json").read_text())["vocab_size"], "ranks": self._ranks}
         if keywords.get("quant_config") is not None:
             self._calibrate(keywords)
-        if config.output_timing_cache and os.sep in config.output_timing_cache:
-            Path(config.output_timing_cache).write_text("timings")
-        self._engine["timings_reused"] = config.input_timing_cache is not None
+        timings = Path(config.input_timing_cache).read_text() if config.input_timing_cache is not None else ""
+        if config.output_timing_cache is not None:
+            Path(config.output_timing_cache).write_text(timings + "timed\n")
+        self._engine["timings"] = timings
+        self._workspace = tempfile.TemporaryDirectory(suffix="-llm-workspace", dir=keywords["workspace"])
+        self._built = Path(self._workspace.name)
+        for rank in range(self._ranks):
+            (self._built / f"rank{rank}.engine").write_text(json.dumps([rank, self._engine["mark"]]))
+        (self._built / "config.json").write_text(json.dumps(self._engine))
 
     def _calibrate(self, keywords: dict[str, Any]) -> None:
         calibration = keywords["calib_config"]
         folder = Path(calibration.calib_dataset)
-        if not folder.is_dir() or "cnn_dailymail" in str(folder):
+        known = ("cnn_dailymail", "scienceqa", "science_qa")
+        if not folder.is_dir() or any(name in str(folder).lower() for name in known):
             raise AssertionError(f"calibration on {folder} would be a download")
         rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
         self._engine["calibrated_on"] = [row["text"] for row in rows][: calibration.calib_batches]
         self._engine["mark"] += " fp8"
 
+    def check_request(self, num_prompt_tokens: int, _params: SamplingParams) -> None:
+        if num_prompt_tokens > self._engine["max_input_len"]:
+            raise ValueError(f"prompt length {num_prompt_tokens} exceeds max_input_len {self._engine['max_input_len']}")
+        if num_prompt_tokens + (_params.max_tokens or 0) > self._engine["max_seq_len"]:
+            raise ValueError(f"prompt length and max_tokens should not exceed max_seq_len ({self._engine['max_seq_len']})")
+
     def save(self, engine_dir: str) -> None:
-        folder = Path(engine_dir)
-        for rank in range(self._ranks):
-            (folder / f"rank{rank}.engine").write_text(json.dumps([rank, self._engine["mark"]]))
-        (folder / "config.json").write_text(json.dumps(self._engine))
+        shutil.copytree(self._built, engine_dir, dirs_exist_ok=True)
