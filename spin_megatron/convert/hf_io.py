@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from spin_megatron.convert.families import expected_huggingface_names, parameters
+from spin_megatron.convert.read_ahead import advise
 from spin_megatron.convert.safetensors_writer import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
 from spin_megatron.plan.shape import ModelShape, RopeScaling
 from spin_megatron.run.manifest import atomic_path, digest_values, write_json
@@ -55,11 +56,12 @@ CARRIED_FILES = (
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies. dtype is safetensors' name of it ("BF16")."""
+    """Where a tensor lies: its bytes are [start, start + num_bytes) of the file. dtype is safetensors' name of it ("BF16")."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
     num_bytes: int
 
 
@@ -75,6 +77,7 @@ class HfFolder:
         self.files = _weight_files(self.path)
         self.entries = _read_entries(self.path, self.files)
         self._open: dict[Path, Any] = {}
+        self._advised: dict[Path, BinaryIO] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,12 +109,23 @@ class HfFolder:
 
     def get_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Read [start, stop) along one dimension (0 or 1): a view of the mapped file, so copy it before changing it."""
+        # A range of columns touches every row.
+        self.read_ahead(name, *((start, stop) if dim == 0 else (0, self.shape(name)[0])))
         view = self._handle(self.entry(name).file).get_slice(name)
         found: Tensor = view[start:stop] if dim == 0 else view[:, start:stop]
         return found
 
+    def read_ahead(self, name: str, start: int, stop: int) -> None:
+        """Have the system read rows [start, stop) into its cache; see `read_ahead.advise`."""
+        entry = self.entry(name)
+        row_bytes = entry.num_bytes // max(1, entry.shape[0])
+        if entry.file not in self._advised:
+            self._advised[entry.file] = open(entry.file, "rb")  # noqa: SIM115 (as long as the maps)
+        advise(self._advised[entry.file], entry.start + start * row_bytes, (stop - start) * row_bytes)
+
     def get_tensor(self, name: str) -> Tensor:
         """Read a whole tensor: a view of the mapped file, so copy it before changing it."""
+        self.read_ahead(name, 0, self.shape(name)[0])
         found: Tensor = self._handle(self.entry(name).file).get_tensor(name)
         return found
 
@@ -192,7 +206,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     for begin, end, name, dtype, shape in spans:
         if begin != position or 8 * (end - begin) != prod(shape) * _ITEM_BITS.get(dtype, -1):
             raise ValueError(f"{file}: {name} ({dtype}, shape {shape}) does not fill bytes {begin} to {end}; fetch the file again.")
-        entries[name] = TensorEntry(file, dtype, shape, end - begin)
+        entries[name] = TensorEntry(file, dtype, shape, 8 + length + begin, end - begin)
         position = end
     if size != 8 + length + position:
         promised = 8 + length + position

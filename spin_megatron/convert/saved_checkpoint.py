@@ -14,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any, ClassVar, cast
+from typing import IO, Any, BinaryIO, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
+from spin_megatron.convert.read_ahead import advise
 from spin_megatron.run.manifest import MANIFEST_NAME, digest_file, digest_values, read_manifest
 
 COMMIT_NAME = "metadata.json"
@@ -107,6 +108,7 @@ class SavedCheckpoint:
                 "comes from, pass --trust (trust=True)."
             )
         self.tensors = _read_index(self.path)
+        self._files: dict[str, BinaryIO] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._views: dict[tuple[str, int], Tensor] = {}
         self._refuse_short_files()
@@ -130,12 +132,9 @@ class SavedCheckpoint:
         Raises:
             ValueError: chunks are missing from the index, or an archive is not what the index says.
         """
-        tensor = self.tensors[key]
-        lead = len(indices)
-        offsets = (*indices, start, *(0 for _ in tensor.shape[lead + 1 :]))
-        sizes = (*(1 for _ in indices), stop - start, *tensor.shape[lead + 1 :])
-        candidates = tensor.chunks.get(offsets[0], ()) + tensor.chunks.get(-1, ())
-        parts = [(chunk, box) for chunk in candidates if (box := _overlap(chunk, offsets, sizes)) is not None]
+        tensor, lead = self.tensors[key], len(indices)
+        offsets, sizes = _box(tensor, indices, start, stop)
+        parts = _parts(tensor, offsets, sizes)
         if sum(prod(end - begin for begin, end in box) for _, box in parts) != prod(sizes):
             raise ValueError(f"{self.path}: the index lacks part of {key} at {offsets}; the checkpoint is damaged, use another.")
         if len(parts) == 1:
@@ -145,6 +144,15 @@ class SavedCheckpoint:
             inside = tuple(slice(begin - offset, end - offset) for (begin, end), offset in zip(box, offsets, strict=True))
             whole[inside] = self._cut(tensor, chunk, box)
         return whole.reshape(sizes[lead:])
+
+    def read_ahead(self, key: str, indices: Sequence[int], start: int, stop: int) -> None:
+        """Have the system read these rows into its cache; see `read_ahead.advise`."""
+        tensor = self.tensors[key]
+        for chunk, box in _parts(tensor, *_box(tensor, indices, start, stop)):
+            first, last = _span(chunk, box)
+            # The archive's own head and tail, a few hundred bytes.
+            overhead = chunk.num_bytes - prod(chunk.sizes) * tensor.dtype.itemsize
+            advise(self._opened(chunk.file), chunk.start + first * tensor.dtype.itemsize, (last - first) * tensor.dtype.itemsize + overhead)
 
     def _cut(self, tensor: SavedTensor, chunk: Chunk, box: tuple[tuple[int, int], ...]) -> Tensor:
         """The part of a chunk that is `box` in the tensor's coordinates."""
@@ -171,10 +179,14 @@ class SavedCheckpoint:
 
     def _mapped(self, file: str) -> mmap.mmap:
         if file not in self._maps:
-            with open(self.path / file, "rb") as handle:
-                # A private copy-on-write map: torch warns about read-only buffers, and nothing here writes.
-                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+            # A private copy-on-write map: torch warns about read-only buffers, and nothing here writes.
+            self._maps[file] = mmap.mmap(self._opened(file).fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[file]
+
+    def _opened(self, file: str) -> BinaryIO:
+        if file not in self._files:
+            self._files[file] = open(self.path / file, "rb")  # noqa: SIM115 (as long as the maps)
+        return self._files[file]
 
     def _refuse_short_files(self) -> None:
         needed: dict[str, int] = {}
@@ -214,6 +226,26 @@ class _Window(io.RawIOBase):
         buffer[: len(part)] = part
         self._position += len(part)
         return len(part)
+
+
+def _box(tensor: SavedTensor, indices: Sequence[int], start: int, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(offsets, sizes) of rows [start, stop) of what lies at `indices`, in the stacked tensor's coordinates."""
+    columns = tensor.shape[len(indices) + 1 :]
+    return (*indices, start, *(0 for _ in columns)), (*(1 for _ in indices), stop - start, *columns)
+
+
+def _parts(tensor: SavedTensor, offsets: Sequence[int], sizes: Sequence[int]) -> list[tuple[Chunk, tuple[tuple[int, int], ...]]]:
+    """The chunks that hold some of a box, with what they hold of it."""
+    candidates = tensor.chunks.get(offsets[0], ()) + tensor.chunks.get(-1, ())
+    return [(chunk, box) for chunk in candidates if (box := _overlap(chunk, offsets, sizes)) is not None]
+
+
+def _span(chunk: Chunk, box: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """First and one past the last element of a box (in the tensor's coordinates) in the row-major order of the chunk."""
+    first = last = 0
+    for (begin, end), offset, size in zip(box, chunk.offsets, chunk.sizes, strict=True):
+        first, last = first * size + begin - offset, last * size + end - 1 - offset
+    return first, last + 1
 
 
 def _overlap(chunk: Chunk, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[tuple[int, int], ...] | None:

@@ -10,6 +10,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from spin_megatron.convert.families import Parameter, cut_rows, parameters, row_blocks
 from spin_megatron.convert.hf_io import DTYPES, HfFolder, check_tensors, copy_tokenizer_files, is_carried, write_config_both_dialects
+from spin_megatron.convert.read_ahead import ahead
 from spin_megatron.convert.safetensors_writer import PlannedFile, PlannedTensor, open_file, plan_files, write_index
 from spin_megatron.convert.saved_checkpoint import COMMIT_NAME, INDEX_NAME, SavedCheckpoint, SavedTensor
 from spin_megatron.convert.torch_dist_writer import FilePlan, Piece, TorchDistWriter, no_archive_checksums
@@ -108,9 +110,10 @@ def _pieces(folder: HfFolder, shape: ModelShape) -> Iterator[Piece]:
         for start, stop in _row_ranges(entry, dtype):
             sizes = (*(1 for _ in stack), stop - start, *entry.shape[1:])
             offsets = (*entry.indices, start, *(0 for _ in entry.shape[1:]))
-            read = partial(_read_rows, folder, entry, shape, start, stop, sizes)
+            blocks = _source_rows(entry, shape, start, stop)
+            read, read_ahead = partial(_read_rows, folder, blocks, sizes), partial(_read_rows_ahead, folder, blocks)
             for key in entry.saved:
-                yield Piece(f"{key} {entry.indices}", key, dtype, (*stack, *entry.shape), offsets, sizes, read)
+                yield Piece(f"{key} {entry.indices}", key, dtype, (*stack, *entry.shape), offsets, sizes, read, read_ahead)
 
 
 def _row_ranges(entry: Parameter, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
@@ -122,11 +125,19 @@ def _row_ranges(entry: Parameter, dtype: torch.dtype) -> Iterator[tuple[int, int
             yield start, min(start + step, last)
 
 
-def _read_rows(folder: HfFolder, entry: Parameter, shape: ModelShape, start: int, stop: int, sizes: tuple[int, ...]) -> Tensor:
-    """Rows [start, stop) of a Megatron parameter, from the Hugging Face tensors it is made of."""
-    blocks = cut_rows(row_blocks(entry, shape), start, stop)
-    rows = [folder.get_slice(entry.sources[block.source].name, 0, block.start, block.stop) for block in blocks]
+def _source_rows(entry: Parameter, shape: ModelShape, start: int, stop: int) -> list[tuple[str, int, int]]:
+    """(Hugging Face name, first row, last row) of what makes rows [start, stop) of a Megatron parameter."""
+    return [(entry.sources[block.source].name, block.start, block.stop) for block in cut_rows(row_blocks(entry, shape), start, stop)]
+
+
+def _read_rows(folder: HfFolder, blocks: list[tuple[str, int, int]], sizes: tuple[int, ...]) -> Tensor:
+    rows = [folder.get_slice(name, 0, start, stop) for name, start, stop in blocks]
     return (rows[0] if len(rows) == 1 else torch.cat(rows)).view(sizes)
+
+
+def _read_rows_ahead(folder: HfFolder, blocks: list[tuple[str, int, int]]) -> None:
+    for name, start, stop in blocks:
+        folder.read_ahead(name, start, stop)
 
 
 def _refuse_untied(folder: HfFolder) -> None:
@@ -234,11 +245,11 @@ def torch_dist_to_hf(
             meter.forget(tensor.name, tensor.num_bytes)
 
         def write(file: PlannedFile) -> None:
+            bands = [band for tensor in file.tensors for band in weights.bands(tensor.name)]
             with open_file(destination, file) as handle:
-                for tensor in file.tensors:
-                    for first_row, rows in weights.read(tensor.name):
-                        meter.count(tensor.name, rows.nbytes)
-                        handle.write_rows(tensor.name, first_row, rows)
+                for band in ahead(bands, lambda band: band.num_bytes, weights.read_ahead):
+                    meter.count(band.name, band.num_bytes)
+                    handle.write_rows(band.name, band.first_row, weights.read(band))
 
         over_files([file for file in files if file not in done], write, workers=workers or default_workers(), stop=meter.stop)
     copy_tokenizer_files(source, destination)
@@ -253,6 +264,23 @@ def source_dtypes(source: Path) -> dict[str, torch.dtype]:
         return {name: DTYPES[dtype] for name, dtype in json.loads((source / TENSORS_NAME).read_text(encoding="utf-8")).items()}
     folder = HfFolder(source)
     return {name: folder.dtype(name) for name in folder.names if is_carried(name)}
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows [first_row, last_row) of a Hugging Face tensor, which are rows [start, ...) at `indices` of a checkpoint's `key`."""
+
+    name: str
+    first_row: int
+    last_row: int
+    num_bytes: int
+    key: str
+    indices: tuple[int, ...]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.last_row - self.first_row
 
 
 class StoredWeights:
@@ -288,18 +316,27 @@ class StoredWeights:
         dtype = self.dtype(_EMBEDDING)
         return None if dtype == self._source.get(_EMBEDDING) else _dtype_name(dtype)
 
-    def read(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of one tensor, in order, at most PIECE_BYTES each; rows may be a view of a mapped file."""
+    def bands(self, name: str) -> Iterator[Band]:
+        """The parts of one tensor in order, at most PIECE_BYTES each: what `read` gives at once."""
         entry, source = self._entries[name]
         key, dtype = self._keys[entry.name], self.dtype(name)
-        step = max(1, PIECE_BYTES // (prod(entry.shape[1:]) * max(dtype.itemsize, self._saved.tensors[key].dtype.itemsize)))
+        width = prod(entry.shape[1:])
+        step = max(1, PIECE_BYTES // (width * max(dtype.itemsize, self._saved.tensors[key].dtype.itemsize)))
         position = 0
         for block in row_blocks(entry, self._shape):
             for start in range(block.start, block.stop, step) if block.source == source else ():
                 stop = min(start + step, block.stop)
-                first = position + start - block.start
-                yield start, self._saved.read_rows(key, entry.indices, first, first + stop - start).to(dtype)
+                num_bytes = (stop - start) * width * dtype.itemsize
+                yield Band(name, start, stop, num_bytes, key, entry.indices, position + start - block.start)
             position += block.stop - block.start
+
+    def read(self, band: Band) -> Tensor:
+        """The rows of a band, in the dtype asked for; a view of a mapped file where that is the stored one."""
+        return self._saved.read_rows(band.key, band.indices, band.start, band.stop).to(self.dtype(band.name))
+
+    def read_ahead(self, band: Band) -> None:
+        """Have the system read a band into its cache."""
+        self._saved.read_ahead(band.key, band.indices, band.start, band.stop)
 
     def _sized(self, name: str) -> tuple[int, ...]:
         entry, source = self._entries[name]

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization.config import save as save_options
 
+from spin_megatron.convert.read_ahead import ahead
 from spin_megatron.convert.safetensors_writer import disk_full_is_named
 from spin_megatron.run.manifest import write_json
 
@@ -31,6 +32,7 @@ class Piece:
 
     parameter: what it is a part of, for counting.
     read: gives the piece, of shape `sizes` and `dtype`; called when it is written.
+    read_ahead: has the system read the bytes of the piece; called some pieces earlier.
     """
 
     parameter: str
@@ -40,6 +42,7 @@ class Piece:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     read: Callable[[], Tensor]
+    read_ahead: Callable[[], None] = lambda: None
 
     @property
     def num_bytes(self) -> int:
@@ -103,9 +106,11 @@ class TorchDistWriter:
             OSError: the disk is full.
         """
         path = self._folder / file.name
+        pieces = ahead(self.pieces_of(file), lambda piece: piece.num_bytes, lambda piece: piece.read_ahead())
 
         def read(item: WriteItem) -> Tensor:
-            piece = self._piece(item)
+            piece = next(pieces)
+            assert (piece.key, piece.offsets) == (item.index.fqn, tuple(item.index.offset or ())), "the writer keeps the plan's order"
             on_piece(piece)
             return _alone(piece.read())
 

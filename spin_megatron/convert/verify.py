@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from spin_megatron.convert.hf_io import HfFolder, is_carried
+from spin_megatron.convert.read_ahead import ahead
 from spin_megatron.convert.saved_checkpoint import SavedCheckpoint
-from spin_megatron.convert.torch_dist import SOURCE_FOLDER, SavedDtype, StoredWeights, source_dtypes
+from spin_megatron.convert.torch_dist import SOURCE_FOLDER, Band, SavedDtype, StoredWeights, source_dtypes
 from spin_megatron.convert.work_folder import default_workers, metered, over_files
 from spin_megatron.plan.shape import ModelShape
 
@@ -44,12 +45,16 @@ def verify_tensors(folder: HfFolder, weights: StoredWeights, *, show: bool = Tru
     digests: dict[str, str] = {}
     with metered("verify", {name: 2 * tensor.num_bytes for name, tensor in planned.items()}, show=show and not wrong) as meter:
 
+        def read_ahead(band: Band) -> None:
+            weights.read_ahead(band)
+            folder.read_ahead(band.name, band.first_row, band.last_row)
+
         def compare(name: str) -> None:
             here, there = hashlib.sha256(), hashlib.sha256()
-            for first_row, rows in weights.read(name):
-                there.update(_bytes(rows))
-                here.update(_bytes(folder.get_slice(name, 0, first_row, first_row + rows.shape[0])))
-                meter.count(name, 2 * rows.nbytes)
+            for band in ahead(list(weights.bands(name)), lambda band: 2 * band.num_bytes, read_ahead):
+                there.update(_bytes(weights.read(band)))
+                here.update(_bytes(folder.get_slice(name, 0, band.first_row, band.last_row)))
+                meter.count(name, 2 * band.num_bytes)
             digests[name] = here.hexdigest()
             if here.digest() != there.digest():
                 wrong.append(f"{name} has other values on the two sides")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,7 +79,8 @@ def default_workers() -> int:
 def over_files(files: Sequence[FileT], work: Callable[[FileT], None], *, workers: int, stop: threading.Event) -> None:
     """Do `work` for every file in threads; the first failure stops the others and is raised."""
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-        futures = [pool.submit(work, file) for file in files]
+        # In the caller's context: torch keeps its options (`no_archive_checksums`) in context variables, which new threads lack.
+        futures = [pool.submit(copy_context().run, work, file) for file in files]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:

@@ -3,10 +3,10 @@
     python tools/benchmarks/convert.py --folder /scratch/bench [--layers 4] [--json result.json]
 
 makes a random model (11 GB with 4 layers), converts it to torch_dist and back, each in a fresh process, and copies the same files
-plainly (shutil.copyfile and fsync) before and after each conversion. Files to be read are dropped from the page cache first, in
-all cases. Peak anonymous memory is sampled from outside, every 5 ms, above what the process holds once torch is imported; mapped
-files do not count, the kernel takes their pages back. Exits with 1 when a bound is missed: memory under one largest tensor, rate
-at least 70% of the copies'. Needs three times the model's bytes of disk.
+plainly (shutil.copyfile and fsync) before and after each conversion. All of that twice: with the files to be read dropped from the
+page cache first (cold), and read into it first (hot). Peak anonymous memory is sampled from outside, every 5 ms, above what the
+process holds once torch is imported; mapped files do not count, the kernel takes their pages back. Exits with 1 when a bound is
+missed: memory under one largest tensor, rate at least 70% of the copies'. Needs three times the model's bytes of disk.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -29,6 +30,9 @@ from spin_megatron.plan.shape import ModelShape
 LEAST_RATE = 0.7
 MOST_MEMORY = 1.0
 _ROWS_BYTES = 64 * 2**20
+Cache = Literal["cold", "hot"]
+CACHES: tuple[Cache, ...] = ("cold", "hot")
+DIRECTIONS = (("hf-to-megatron", "huggingface", "torch_dist"), ("megatron-to-hf", "torch_dist", "back"))
 _CHILD = """
 import sys
 from pathlib import Path
@@ -48,6 +52,7 @@ class Measured:
     """One direction. Rates in GB/s of the bytes of all tensors; memory in bytes."""
 
     direction: str
+    cache: Cache
     num_bytes: int
     seconds: float
     copy_seconds: tuple[float, float]
@@ -78,9 +83,12 @@ def main() -> int:
     try:
         shape = llama3_70b(arguments.layers)
         make_model(folder / "huggingface", shape)
-        measured = [measure("hf-to-megatron", folder / "huggingface", folder / "torch_dist", shape)]
-        shutil.rmtree(folder / "huggingface")
-        measured.append(measure("megatron-to-hf", folder / "torch_dist", folder / "back", shape))
+        measured = []
+        for direction, source, destination in DIRECTIONS:
+            for cache in CACHES:
+                shutil.rmtree(folder / destination, ignore_errors=True)
+                measured.append(measure(direction, cache, folder / source, folder / destination, shape))
+            shutil.rmtree(folder / source)
     finally:
         shutil.rmtree(folder)
     report(measured)
@@ -139,19 +147,19 @@ def make_model(folder: Path, shape: ModelShape) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def measure(direction: str, source: Path, destination: Path, shape: ModelShape) -> Measured:
+def measure(direction: str, cache: Cache, source: Path, destination: Path, shape: ModelShape) -> Measured:
     """Copy, convert, copy again; the copies are removed at once."""
     files = sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".distcp"))
-    before = time_copy(files, destination.with_name("copy"))
-    seconds, own, peak = time_conversion(direction, source, destination, files)
-    after = time_copy(files, destination.with_name("copy"))
+    before = time_copy(files, destination.with_name("copy"), cache)
+    seconds, own, peak = time_conversion(direction, source, destination, files, cache)
+    after = time_copy(files, destination.with_name("copy"), cache)
     sizes = [torch.Size(size).numel() * 2 for size in expected_huggingface_names(shape).values()]
-    return Measured(direction, sum(sizes), seconds, (before, after), own, peak, max(sizes))
+    return Measured(direction, cache, sum(sizes), seconds, (before, after), own, peak, max(sizes))
 
 
-def time_copy(files: Sequence[Path], target: Path) -> float:
+def time_copy(files: Sequence[Path], target: Path, cache: Cache) -> float:
     """Seconds of a plain copy of files, each fsynced."""
-    evict(files)
+    prepare(files, cache)
     target.mkdir()
     started = time.monotonic()
     for file in files:
@@ -164,9 +172,9 @@ def time_copy(files: Sequence[Path], target: Path) -> float:
     return seconds
 
 
-def time_conversion(direction: str, source: Path, destination: Path, files: Sequence[Path]) -> tuple[float, int, int]:
+def time_conversion(direction: str, source: Path, destination: Path, files: Sequence[Path], cache: Cache) -> tuple[float, int, int]:
     """(seconds, anonymous bytes before, at most) of a conversion in a process of its own; its start and imports do not count."""
-    evict(files)
+    prepare(files, cache)
     command = [sys.executable, "-c", _CHILD, direction, str(source), str(destination)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -195,25 +203,28 @@ def anonymous_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
-def evict(files: Sequence[Path]) -> None:
-    """Drop files from the page cache, so that every run reads them from the disk."""
+def prepare(files: Sequence[Path], cache: Cache) -> None:
+    """Write out what earlier runs left, then drop files from the page cache or read them into it."""
     os.sync()
+    block = bytearray(_ROWS_BYTES)
     for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+        with open(file, "rb", buffering=0) as handle:
+            if cache == "cold":
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while cache == "hot" and handle.readinto(block):
+                pass
 
 
 def report(measured: Sequence[Measured]) -> None:
     """Print the table."""
-    print(f"{'direction':<16}{'GB':>7}{'seconds':>9}{'GB/s':>7}{'copy s':>16}{'of copy':>9}{'anon MB':>9}{'tensors':>9}")
+    print(f"{'direction':<16}{'cache':>6}{'GB':>7}{'seconds':>9}{'GB/s':>7}{'copy s':>16}{'of copy':>9}{'anon MB':>9}{'tensors':>9}")
     for row in measured:
         rate = row.num_bytes / row.seconds / 1e9
         copies = f"{row.copy_seconds[0]:.1f}, {row.copy_seconds[1]:.1f}"
         anonymous = (row.peak_anonymous_bytes - row.own_anonymous_bytes) / 1e6
         print(
-            f"{row.direction:<16}{row.num_bytes / 1e9:>7.2f}{row.seconds:>9.1f}{rate:>7.2f}{copies:>16}{row.rate_of_copy:>9.0%}"
-            f"{anonymous:>9.0f}{row.memory_in_tensors:>9.2f}"
+            f"{row.direction:<16}{row.cache:>6}{row.num_bytes / 1e9:>7.2f}{row.seconds:>9.1f}{rate:>7.2f}{copies:>16}"
+            f"{row.rate_of_copy:>9.0%}{anonymous:>9.0f}{row.memory_in_tensors:>9.2f}"
         )
 
 
