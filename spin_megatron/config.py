@@ -191,8 +191,12 @@ class ParallelSection(Section):
         (), description="layers of each stage (pipeline x virtual_pipeline numbers in the model's order); absent: equal"
     )
 
+    overlap: Literal["auto", "on", "off"] = Field(
+        "auto", description="reduce gradients and gather weights over data ranks beside computation; auto: on GPUs"
+    )
+
     def layout(self) -> ParallelLayout:
-        return ParallelLayout(**self.model_dump())
+        return ParallelLayout(**self.model_dump(exclude={"overlap"}))
 
 
 class EvaluateSection(Section):

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from spin_megatron.data.progress import Progress
-from spin_megatron.mcore.optimizer import Trainer
+from spin_megatron.mcore.optimizer import Trainer, gather_weights
 from spin_megatron.mcore.optimizer_state import restore_state, sharded_state_to_load, sharded_state_to_save
 from spin_megatron.mcore.runtime import Runtime
 from spin_megatron.run.manifest import installed_versions, write_json
@@ -63,6 +63,7 @@ def save_training(root: Path, trainer: Trainer, progress: Progress, runtime: Run
     Raises:
         OSError: the disk is full or the folder cannot be written; on every rank.
     """
+    gather_weights(trainer)
     folder = root / f"{_PREFIX}{progress.step:08d}"
     sharded_weights = [_sharded_weights(chunk.module) for chunk in trainer.chunks]
     state = {**_by_chunk(sharded_weights), "rng": _sharded_random_state(runtime)}

@@ -58,6 +58,9 @@ class SpinModel(GPTModel):
         self.shape = shape
         # Megatron Core knows Llama 3's scaling with one set of constants only; ours come from the model's config.
         self.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(self.rotary_pos_emb.inv_freq.device)
+        if self.post_process:
+            # What waits for a weight that is still being gathered (Megatron Core's DDP) hooks the call of the module that holds it.
+            self.output_layer.forward = self._logprobs
 
     def forward(self, tokens_1T: Tensor, positions_1T: Tensor, branches_B4: Tensor, rows_R: Tensor, targets_R: Tensor) -> Tensor:
         """Compute this stage.
@@ -79,15 +82,19 @@ class SpinModel(GPTModel):
 
     def score(self, hidden_T1H: Tensor, rows_R: Tensor, targets_R: Tensor) -> Tensor:
         """Log-probabilities of the targets from final hidden states: [R] fp32."""
-        is_split = self.config.sequence_parallel
-        tensor_group = self.pg_collection.tp
-        if is_split:
+        if self.config.sequence_parallel:
             # Its backward sums over ranks while it scatters, so the head leaves its gradient unsummed.
             hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_T1H, tensor_parallel_output_grad=True, group=tensor_group
+                hidden_T1H, tensor_parallel_output_grad=True, group=self.pg_collection.tp
             )
         # A row occurs at most twice (the last prompt token), and a + b = b + a: the backward's adds have one result in any order.
         hidden_RH = hidden_T1H.squeeze(1).index_select(0, rows_R)
+        logp_R: Tensor = self.output_layer(hidden_RH, targets_R)
+        return logp_R
+
+    def _logprobs(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
+        """What stands in the place of the output layer's product."""
+        tensor_group = self.pg_collection.tp
         weight_VH = self.shared_embedding_or_output_weight() if self.shape.tied_embeddings else self.output_layer.weight
         return vocab_parallel_logprobs(
             hidden_RH,
@@ -96,7 +103,7 @@ class SpinModel(GPTModel):
             group=tensor_group,
             vocab_start=tensor_group.rank() * weight_VH.shape[0],
             vocab_size=self.shape.vocab_size,
-            reduce_hidden_grad=not is_split,
+            reduce_hidden_grad=not self.config.sequence_parallel,
         )
 
 

@@ -64,18 +64,29 @@ class UpdateOutcome:
     is_applied: bool
 
 
-def build_trainer(chunks: Sequence[nn.Module], rule: UpdateRule) -> Trainer:
+def build_trainer(
+    chunks: Sequence[nn.Module], rule: UpdateRule, *, overlap: bool = False, bucket_elements: int | None = None
+) -> Trainer:
     """Wrap the model's chunks for training and build the optimizer over their parameters.
 
     The weights must be loaded: fp32 main parameters are copied from them here. Collective over all ranks.
 
     Args:
         chunks: this rank's GPTModel chunks (more than one with virtual pipeline stages).
+        overlap: reduce gradients over data-parallel ranks while the last micro-batch's backward goes on and, with the distributed
+            optimizer, gather the new weights while the next forward goes on: read them only after `gather_weights`.
+        bucket_elements: what is reduced at a time with overlap; None: Megatron Core's choice, 40 million and more.
     """
     for chunk in chunks:
         _mark_tensor_parallel(chunk)
-    wrapped = [_wrap(chunk, index, rule) for index, chunk in enumerate(chunks)]
+    wrapped = [_wrap(chunk, index, rule, overlap=overlap, bucket_elements=bucket_elements) for index, chunk in enumerate(chunks)]
     config: Any = wrapped[0].config
+    if overlap:
+        # The schedules let only the last micro-batch reduce. They take one function, or one a virtual stage.
+        config.no_sync_func, config.grad_sync_func = (
+            functions if len(wrapped) > 1 else functions[0]
+            for functions in ([chunk.no_sync for chunk in wrapped], [chunk.start_grad_sync for chunk in wrapped])
+        )
     # Sums gradients over data-parallel ranks, over tensor-parallel ranks where sequence parallelism or q/k norms split their
     # input, and over the first and the last pipeline stage for tied embeddings.
     config.finalize_model_grads_func = finalize_model_grads
@@ -103,6 +114,11 @@ def build_trainer(chunks: Sequence[nn.Module], rule: UpdateRule) -> Trainer:
     return Trainer(wrapped, optimizer, rule)
 
 
+def overlaps(setting: Literal["auto", "on", "off"], device: torch.device) -> bool:
+    """Whether collectives over data ranks run beside computation; on a CPU they would share its cores."""
+    return setting == "on" or (setting == "auto" and device.type == "cuda")
+
+
 def _mark_tensor_parallel(chunk: nn.Module) -> None:
     """Say which weights are shards: of the others only the first tensor rank's gradients count in the norm.
 
@@ -114,11 +130,14 @@ def _mark_tensor_parallel(chunk: nn.Module) -> None:
             module.weight.tensor_model_parallel = True
 
 
-def _wrap(chunk: nn.Module, index: int, rule: UpdateRule) -> DistributedDataParallel:
+def _wrap(chunk: nn.Module, index: int, rule: UpdateRule, *, overlap: bool, bucket_elements: int | None) -> DistributedDataParallel:
     config: Any = chunk.config
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=rule.is_distributed,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and rule.is_distributed,
+        bucket_size=bucket_elements,
         # A gradient that is not finite is found after the reduction, so that all ranks skip the step together.
         check_for_nan_in_grad=False,
     )
@@ -135,6 +154,13 @@ def parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
     """The optimizers behind a chain (dense and expert parameters have one each) that hold parameters on this rank."""
     chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     yield from (part for part in chained if not part.is_stub_optimizer)
+
+
+def gather_weights(trainer: Trainer) -> None:
+    """Give every rank the weights of the last update; call it before they are read other than by a forward pass. Collective."""
+    for chunk in trainer.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def clear_gradients(trainer: Trainer) -> None:

@@ -4,14 +4,11 @@ Exact (held equal to Megatron Core's by tests): weights, gradients and optimizer
 communication buffers, CUDA context. Formulas and their sources, with measured runs beside them: docs/planner.md.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from spin_megatron.plan.hardware import GIB
 from spin_megatron.plan.parameters import (
-    Buffer,
-    Parameter,
     build_buffer,
     chunk_parameters,
     padded_vocab,
@@ -121,12 +118,15 @@ def state_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettin
     """
     num_parameters = weights = gradients = optimizer = 0
     per_element = FLOAT32_BYTES * (_MOMENTS[settings.optimizer] + (settings.precision != "fp32"))
-    for chunk in rank_parameters(shape, layout, pipeline_rank):
+    for index, chunk in enumerate(rank_parameters(shape, layout, pipeline_rank)):
+        bucket_elements = _bucket_elements(layout, settings) if pipeline_rank == index == 0 else None
         for parameters, num_ranks in zip(split_by_kind(chunk), (layout.data * layout.context, expert_data_ranks(layout)), strict=True):
             if not parameters:
                 continue
             numel = sum(parameter.numel for parameter in parameters)
-            buffer = _buffer(parameters, num_ranks, settings)
+            buffer = build_buffer(
+                parameters, num_ranks=num_ranks, is_sharded=settings.distributed_optimizer, bucket_elements=bucket_elements
+            )
             # Neighbouring data ranks hold different experts (Megatron Core's order tp-cp-ep-dp-pp).
             rank = data_rank // (layout.data * layout.context // num_ranks)
             held = buffer.shard_elements(rank, num_ranks) if settings.distributed_optimizer else numel
@@ -137,8 +137,9 @@ def state_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettin
     return StateBytes(num_parameters, weights, gradients, optimizer)
 
 
-def _buffer(parameters: Sequence[Parameter], num_ranks: int, settings: TrainSettings) -> Buffer:
-    return build_buffer(parameters, num_ranks=num_ranks, is_sharded=settings.distributed_optimizer)
+def _bucket_elements(layout: ParallelLayout, settings: TrainSettings) -> int | None:
+    """What Megatron Core reduces at a time beside the backward (distributed_data_parallel.py), on the first stage's first chunk alone."""
+    return max(40_000_000, 1_000_000 * layout.data) if settings.overlap_data and layout.data * layout.context > 1 else None
 
 
 def expert_data_ranks(layout: ParallelLayout) -> int:

@@ -27,7 +27,7 @@ from spin_megatron.data.packing import assign_ranks
 from spin_megatron.data.progress import PlannedStep, Progress, StepPlan
 from spin_megatron.mcore import checkpoint
 from spin_megatron.mcore.model import SpinModel, build_model, load_huggingface
-from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer
+from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer, gather_weights, overlaps
 from spin_megatron.mcore.precision import Fp8
 from spin_megatron.mcore.reference import PackedPairs, cached_scores, claim_cache, numerics, score_pairs
 from spin_megatron.mcore.runtime import Runtime, default_device, running
@@ -128,6 +128,7 @@ def _train(job: _Job) -> bool:
     references = _reference_phase(job, chunks)
     if references is None:
         return False
+    has_copies = runtime.layout.data * runtime.layout.context > 1
     rule = UpdateRule(
         name=config.optimizer.name,
         weight_decay=config.optimizer.weight_decay,
@@ -137,11 +138,12 @@ def _train(job: _Job) -> bool:
         epsilon=config.optimizer.epsilon,
         max_grad_norm=config.optimizer.max_grad_norm,
         # On one copy of the model there is nothing to distribute.
-        is_distributed=config.train.distributed_optimizer and runtime.layout.data * runtime.layout.context > 1,
+        is_distributed=config.train.distributed_optimizer and has_copies,
     )
-    trainer = build_trainer(chunks, rule)
+    trainer = build_trainer(chunks, rule, overlap=has_copies and overlaps(config.parallel.overlap, runtime.device))
     if not _update_phase(job, trainer, references):
         return False
+    gather_weights(trainer)
     _finish(job, chunks)
     return True
 

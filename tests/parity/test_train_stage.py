@@ -159,8 +159,8 @@ def test_steps_that_fail_in_a_row_stop_the_run_and_keep_its_state(
     config = make_config(tmp_path, train={"max_skipped_steps": 2})
     build = train.build_trainer
 
-    def build_broken(*args: Any) -> Any:
-        trainer = build(*args)
+    def build_broken(*args: Any, **options: Any) -> Any:
+        trainer = build(*args, **options)
         trainer.chunks[0].module.decoder.final_layernorm.weight.register_hook(lambda gradient: gradient * math.nan)
         return trainer
 

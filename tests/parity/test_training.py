@@ -37,11 +37,14 @@ class Case:
     layout: ParallelLayout
     models: tuple[str, ...] = DENSE
     is_distributed: bool = False
+    overlap: bool = False
 
 
 CASES = {
     "dp": Case(ParallelLayout(data=4)),
     "dp, distributed optimizer": Case(ParallelLayout(data=4), is_distributed=True),
+    "dp, overlapped": Case(ParallelLayout(data=4), overlap=True),
+    "dp, distributed optimizer, overlapped": Case(ParallelLayout(data=4), is_distributed=True, overlap=True),
     "tp": Case(ParallelLayout(tensor=2, data=2), is_distributed=True),
     "tp, sequence parallel": Case(ParallelLayout(tensor=2, data=2, sequence=True)),
     "pp": Case(ParallelLayout(pipeline=2, data=2), is_distributed=True),
@@ -49,7 +52,9 @@ CASES = {
     "pp, virtual stages": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2), ("llama2",)),
     "pp, uneven virtual stages": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2, stage_layers=(2, 2, 1, 1)), ("tied",)),
     "tp and pp": Case(ParallelLayout(tensor=2, pipeline=2)),
+    "pp, virtual stages, overlapped": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2), ("llama2",), True, overlap=True),
     "ep": Case(ParallelLayout(tensor=2, data=2, expert=2, sequence=True), ("mixtral",), is_distributed=True),
+    "ep, overlapped": Case(ParallelLayout(data=4, expert=2), ("mixtral",), is_distributed=True, overlap=True),
 }
 
 
@@ -74,7 +79,7 @@ def _all_layouts(models: dict[str, Path], ports: list[int]) -> dict[tuple[str, s
         with running(case.layout, device="cpu", seed=1) as runtime:
             for model in case.models:
                 rule = replace(MODELS[model][-1], is_distributed=case.is_distributed, epsilon=LAYOUT_EPSILON)
-                bench = make_bench(models[model], rule, runtime)
+                bench = make_bench(models[model], rule, runtime, overlap=case.overlap)
                 found[name, model] = numbers_of(make_steps(bench, range(NUM_STEPS)))
     return found
 

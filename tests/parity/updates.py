@@ -12,7 +12,7 @@ import torch
 from spin_megatron.data.batches import pair_tokens
 from spin_megatron.data.packing import assign_ranks, plan_packs
 from spin_megatron.mcore.model import build_model, load_huggingface
-from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer
+from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer, gather_weights
 from spin_megatron.mcore.reference import PackedPairs, score_pairs
 from spin_megatron.mcore.runtime import Runtime
 from spin_megatron.mcore.training import Objective, StepOutcome, train_step
@@ -60,7 +60,13 @@ def packed_pairs(*, pack_tokens: int = PACK_TOKENS, num_pairs: int = 40) -> Pack
 
 
 def make_bench(
-    folder: Path, rule: UpdateRule, runtime: Runtime, *, dtype: torch.dtype = torch.float32, packed: PackedPairs | None = None
+    folder: Path,
+    rule: UpdateRule,
+    runtime: Runtime,
+    *,
+    dtype: torch.dtype = torch.float32,
+    packed: PackedPairs | None = None,
+    overlap: bool = False,
 ) -> Bench:
     """Load the model, score the reference and build the optimizer."""
     shape = ModelShape.from_huggingface(folder)
@@ -69,7 +75,9 @@ def make_bench(
     packed = packed or packed_pairs()
     scores: list = [score_pairs(chunks, packed, packed.packs, runtime)]
     torch.distributed.broadcast_object_list(scores, src=0)
-    return Bench(runtime, build_trainer(chunks, rule), packed, {score.pair_id: score for score in scores[0]})
+    # Small enough that the head of a tiny model has a bucket of its own, as a real one has.
+    trainer = build_trainer(chunks, rule, overlap=overlap, bucket_elements=8_000 if overlap else None)
+    return Bench(runtime, trainer, packed, {score.pair_id: score for score in scores[0]})
 
 
 def make_steps(bench: Bench, numbers: Sequence[int], *, objective: Objective | None = None) -> list[StepOutcome]:
@@ -98,7 +106,8 @@ def numbers_of(outcomes: Sequence[StepOutcome]) -> list[tuple[float, float]]:
 
 
 def weight_bits(trainer: Trainer) -> dict[str, str]:
-    """A digest of each of this rank's parameters."""
+    """A digest of each of this rank's parameters. Collective."""
+    gather_weights(trainer)
     return {
         f"{index}.{name}": hashlib.sha256(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
         for index, chunk in enumerate(trainer.chunks)
