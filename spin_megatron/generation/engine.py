@@ -113,7 +113,10 @@ class Engine(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Facts for the manifest: what ran, on what, with which guarantees."""
+        """Facts for the manifest: engine, dtype, what ran, on what, with which guarantees.
+
+        in_flight_use: how full the engine was, the mean over time (or steps) of the rows in it as a share of its batch size, 0 to 1.
+        """
         ...
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from spin_megatron.generation.engine import EngineSpec, Environment, Prompt, Sampling, check_prompts
 from spin_megatron.plan.shape import ModelShape
-from spin_megatron.run.manifest import write_json, write_text
+from spin_megatron.run.manifest import digest_values, write_json, write_text
 from spin_megatron.run.records import FinishReason, GeneratedRow, TokenIds
 
 logger = logging.getLogger(__name__)
@@ -189,6 +189,19 @@ def normalised(token_ids: Sequence[int], finish_reason: str, stop_reason: int | 
     return tokens, "stop" if stopped else "length"
 
 
+def _request(prompt: Prompt) -> dict[str, Any]:
+    return {"id": prompt.example_id, "prompt_ids": list(prompt.token_ids), "seed": prompt.seed}
+
+
+def _answered(attempt: Path, waiting: Mapping[str, Prompt]) -> Iterator[Prompt]:
+    """The prompts that an earlier attempt was asked just as they are now."""
+    for line in (attempt / "requests.jsonl").read_text(encoding="utf-8").splitlines():
+        request = json.loads(line)
+        prompt = waiting.get(request["id"])
+        if prompt is not None and _request(prompt) == request:
+            yield prompt
+
+
 class ExternalEngine:
     """Answers prompts through a worker; `work` keeps what attempts leave."""
 
@@ -208,11 +221,15 @@ class ExternalEngine:
         return self._generate({prompt.example_id: prompt for prompt in prompts}, sampling)
 
     def _generate(self, waiting: dict[str, Prompt], sampling: Sampling) -> Iterator[GeneratedRow]:
-        for folder in sorted(self._work.glob("attempt_*")):
-            yield from self._new_rows(folder, set(), waiting, sampling)
+        kept = self._work / f"sampling_{digest_values(vars(sampling))[:16]}"
+        for folder in (chunks.parent for chunks in sorted(kept.glob("attempt_*/chunks"))):
+            same = {prompt.example_id: prompt for prompt in _answered(folder, waiting)}
+            for row in self._new_rows(folder, set(), same, sampling):
+                del waiting[row.example_id]
+                yield row
         if not waiting:
             return
-        attempt = self._work / f"attempt_{time.time_ns()}"
+        attempt = kept / f"attempt_{time.time_ns()}"
         yield from self._run(attempt, waiting, sampling)
         if waiting:
             raise RuntimeError(f"the worker ended well but left {len(waiting)} requests unanswered; see {attempt}")
@@ -220,9 +237,10 @@ class ExternalEngine:
     def _run(self, attempt: Path, waiting: dict[str, Prompt], sampling: Sampling) -> Iterator[GeneratedRow]:
         """Start a worker for what is waiting and yield its rows as their chunks appear."""
         chunks = attempt / "chunks"
-        chunks.mkdir(parents=True)
-        requests = [{"id": prompt.example_id, "prompt_ids": prompt.token_ids, "seed": prompt.seed} for prompt in waiting.values()]
+        attempt.mkdir(parents=True)
+        requests = [_request(prompt) for prompt in waiting.values()]
         write_text(attempt / "requests.jsonl", "".join(json.dumps(request) + "\n" for request in requests))
+        chunks.mkdir()  # last: an attempt that has it has its requests
         job = {**self._job, "action": "generate", "requests": str(attempt / "requests.jsonl"), "chunks": str(chunks)}
         job["sampling"] = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens", "eos_ids")}
         num_requests = len(requests)

@@ -200,7 +200,7 @@ class HfLoop:
             "dtype": self._spec.dtype,
             "widths": self._widths,
             "rows_independent": self._rows_independent,
-            "rows_in_flight": self._num_step_rows / self._num_steps if self._num_steps else 0.0,
+            "in_flight_use": self._num_step_rows / self._num_steps / self._spec.batch_size if self._num_steps else 0.0,
         }
 
     def close(self) -> None:

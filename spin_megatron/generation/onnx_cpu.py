@@ -125,7 +125,9 @@ class OnnxEngine:
     def describe(self) -> dict[str, Any]:
         """See Engine.describe."""
         versions = {package: _version(package) for package in _PACKAGES}
-        return {"engine": NAME, "dtype": self._spec.dtype, "threads": torch.get_num_threads(), "rows_independent": True, **versions}
+        facts = {"engine": NAME, "dtype": self._spec.dtype, "threads": torch.get_num_threads(), "rows_independent": True}
+        # Rows are computed one at a time, whatever the batch size: its one place is always taken.
+        return {**facts, "in_flight_use": 1.0, **versions}
 
     def close(self) -> None:
         """Nothing is held beyond this process's memory."""

@@ -1,10 +1,12 @@
-"""What every generation engine must do, run on each provider that is installed here."""
+"""What every generation engine must do, run on each: on those that are installed here, and on the others through their doubles."""
 
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spin_megatron.generation.engine import PROVIDERS, Engine, EngineSpec, Prompt, Sampling, eos_token_ids, provider
-from spin_megatron.run.records import GeneratedRow
+from spin_megatron.run.records import GeneratedRow, PromptRow, write_rows
 from spin_megatron.run.seeds import row_seed
+from tests.doubles.installation import Site
+from tests.doubles.toy_model import answer, weights_mark
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from tests.unit.tiny_models import TINY, write_model
 
@@ -22,8 +26,12 @@ GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=20, eos_id
 SAMPLED = replace(GREEDY, temperature=1.0)
 # Heads of 16: ONNX Runtime's attention takes multiples of it. 55 positions: less than the longest prompt and response.
 SHAPE = replace(TINY, head_dim=16, max_positions=55)
-AVAILABLE = ["builtin", *(["onnxruntime-genai"] if find_spec("onnxruntime_genai") else [])]
-assert set(AVAILABLE) <= set(PROVIDERS)
+# The doubles stand for engines that cannot be installed here: their model is a toy, everything around it is the engine's own.
+DOUBLES = ("trtllm-engine", "trtllm-torch", "vllm")
+REAL = ("builtin", *(["onnxruntime-genai"] if find_spec("onnxruntime_genai") else []))
+AVAILABLE = (*REAL, *DOUBLES)
+DTYPES = {"trtllm-engine": "bfloat16", "trtllm-torch": "bfloat16"}
+assert {*AVAILABLE, "onnxruntime-genai"} == set(PROVIDERS)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +42,41 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Built:
+    """An engine that was built, to be loaded as often as a test likes."""
+
+    name: str
+    spec: EngineSpec
+    folder: Path
+
+    def load(self, work: Path) -> Engine:
+        return provider(self.name).load(self.spec, self.folder, work)
+
+    def greedy(self, prompts: Sequence[Prompt], eos_ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+        """What greedy decoding says: transformers' `generate`, or the toy."""
+        if self.name not in DOUBLES:
+            return greedy_by_transformers(self.spec.model, prompts, eos_ids, max_new_tokens)
+        limits = {"vocab_size": SHAPE.vocab_size, "eos_ids": eos_ids, "max_tokens": max_new_tokens}
+        return [answer(weights_mark(self.spec.model), prompt.token_ids, seed=None, **limits)[0] for prompt in prompts]
+
+
 @pytest.fixture(scope="module", params=AVAILABLE)
-def engine(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    spec = EngineSpec(model_folder, "float32", batch_size=5, max_prompt_tokens=40, max_new_tokens=20)
-    chosen, folder = provider(request.param), tmp_path_factory.mktemp("engine")
-    chosen.build(spec, folder)
-    with closing(chosen.load(spec, folder, folder)) as loaded:
+def built(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    name, folder = request.param, tmp_path_factory.mktemp("engine")
+    prompt_file = folder / "prompts.parquet"
+    write_rows(prompt_file, [PromptRow(prompt.example_id, prompt.token_ids, (12, 2), False) for prompt in make_prompts(40)], PromptRow)
+    environment = Site(folder / "site").environment("DOUBLE_IN_FLIGHT=10")
+    limits = {"batch_size": 5, "max_prompt_tokens": 40, "max_new_tokens": 20}
+    files = {"prompt_files": (prompt_file,), "environment": environment}
+    spec = EngineSpec(model_folder, DTYPES.get(name, "float32"), **limits, **files)
+    provider(name).build(spec, folder / "built")
+    return Built(name, spec, folder / "built")
+
+
+@pytest.fixture(scope="module")
+def engine(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with closing(built.load(tmp_path_factory.mktemp("work"))) as loaded:
         yield loaded
 
 
@@ -69,9 +106,9 @@ def greedy_by_transformers(folder: Path, prompts: Sequence[Prompt], eos_ids: Seq
     return outputs
 
 
-def test_greedy_responses_equal_those_of_transformers_generate_in_fp32(engine: Engine, model_folder: Path) -> None:
+def test_greedy_responses_equal_those_of_transformers_generate_in_fp32(engine: Engine, built: Built) -> None:
     prompts = make_prompts()
-    expected = greedy_by_transformers(model_folder, prompts, EOS, 20)
+    expected = built.greedy(prompts, EOS, 20)
     rows = by_id(engine.generate(prompts, GREEDY))
     assert [list(rows[prompt.example_id].token_ids) for prompt in prompts] == expected
     assert len({tuple(tokens) for tokens in expected}) > 10  # the model says something different for each
@@ -88,10 +125,10 @@ def test_a_response_ends_with_eos_exactly_when_it_stopped(engine: Engine) -> Non
         assert row.finish_reason == "stop" or len(row.token_ids) == 20
 
 
-def test_every_eos_id_ends_a_response(engine: Engine, model_folder: Path) -> None:
+def test_every_eos_id_ends_a_response(engine: Engine, built: Built) -> None:
     # Two tokens that greedy decoding emits on the way become EOS ids: responses must stop at the first of either.
     prompts = make_prompts()
-    free = greedy_by_transformers(model_folder, prompts, [0], 20)
+    free = built.greedy(prompts, [0], 20)
     eos_ids = (free[0][5], free[1][3])
     rows = by_id(engine.generate(prompts, replace(GREEDY, eos_ids=eos_ids)))
     for prompt, tokens in zip(prompts, free, strict=True):
@@ -101,9 +138,9 @@ def test_every_eos_id_ends_a_response(engine: Engine, model_folder: Path) -> Non
             assert (list(rows[prompt.example_id].token_ids), rows[prompt.example_id].finish_reason) == (expected, "stop")
 
 
-def test_a_response_that_stops_on_its_last_allowed_token_has_stopped(engine: Engine, model_folder: Path) -> None:
+def test_a_response_that_stops_on_its_last_allowed_token_has_stopped(engine: Engine, built: Built) -> None:
     prompts = make_prompts()[:1]
-    tokens = greedy_by_transformers(model_folder, prompts, [0], 20)[0]
+    tokens = built.greedy(prompts, [0], 20)[0]
     first = tokens.index(tokens[4])
     sampling = replace(GREEDY, eos_ids=(tokens[4],), max_new_tokens=first + 1)
     (row,) = engine.generate(prompts, sampling)
@@ -130,6 +167,31 @@ def test_top_k_one_is_greedy(engine: Engine) -> None:
     prompts = make_prompts()
     greedy, top_one = by_id(engine.generate(prompts, GREEDY)), by_id(engine.generate(prompts, replace(SAMPLED, top_k=1)))
     assert {key: row.token_ids for key, row in greedy.items()} == {key: row.token_ids for key, row in top_one.items()}
+
+
+def test_what_was_answered_before_a_crash_and_what_is_answered_after_it_are_the_answers(built: Built, tmp_path: Path) -> None:
+    prompts = make_prompts()
+    with closing(built.load(tmp_path / "whole")) as engine:
+        whole = by_id(engine.generate(prompts, SAMPLED))
+    with closing(built.load(tmp_path / "cut")) as engine:
+        some = list(islice(engine.generate(prompts, SAMPLED), 6))
+    with closing(built.load(tmp_path / "cut")) as engine:
+        rest = by_id(engine.generate(prompts, SAMPLED))
+    assert rest == whole
+    assert all(whole[row.example_id] == row for row in some)
+    # Without some of the prompts, the others' answers are the same: they depend on nothing beside them.
+    with closing(built.load(tmp_path / "alone")) as engine:
+        assert by_id(engine.generate(prompts[3:5], SAMPLED)) == {prompt.example_id: whole[prompt.example_id] for prompt in prompts[3:5]}
+
+
+def test_an_engine_of_other_weights_is_refused_before_the_first_request(built: Built, model_folder: Path, tmp_path: Path) -> None:
+    if built.name == "builtin":
+        pytest.skip("it has no engine but the weights themselves")
+    shutil.copytree(model_folder, tmp_path / "theta")
+    write_model(tmp_path / "theta", SHAPE, dtype=torch.float32, seed=8)
+    other = replace(built, spec=replace(built.spec, model=tmp_path / "theta"))
+    with pytest.raises(ValueError, match="weights: built with"):
+        other.load(tmp_path / "work")
 
 
 def test_no_prompts_give_no_responses(engine: Engine) -> None:
@@ -172,17 +234,16 @@ def test_prompt_and_response_must_fit_the_model_s_positions(engine: Engine) -> N
         engine.generate([Prompt("long", (12,) * 36, 1)], GREEDY)
 
 
-@pytest.mark.parametrize("name", AVAILABLE)
-def test_an_unknown_option_is_refused_by_name(name: str, model_folder: Path, tmp_path: Path) -> None:
-    spec = EngineSpec(model_folder, "float32", batch_size=2, max_prompt_tokens=8, max_new_tokens=8, options={"devise": "cpu"})
+def test_an_unknown_option_is_refused_by_name(built: Built, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="devise"):
-        provider(name).build(spec, tmp_path)
+        provider(built.name).build(replace(built.spec, options={"devise": "cpu"}), tmp_path)
 
 
-def test_describe_names_the_engine(engine: Engine, request: pytest.FixtureRequest) -> None:
+def test_describe_names_the_engine_and_how_full_it_was(engine: Engine, built: Built) -> None:
+    list(engine.generate([replace(prompt, example_id=f"full-{i}", seed=i) for i, prompt in enumerate(make_prompts(25))], SAMPLED))
     facts = engine.describe()
-    assert facts["engine"] in PROVIDERS
-    assert facts["dtype"] == "float32"
+    assert (facts["engine"], facts["dtype"]) == (built.name, built.spec.dtype)
+    assert 0 < facts["in_flight_use"] <= 1
 
 
 def test_an_unknown_provider_is_refused_with_the_valid_choices() -> None:

@@ -200,7 +200,7 @@ def test_a_crash_in_the_middle_keeps_the_chunks_and_the_rest_is_answered_once(na
     with closing(provider(name).load(spec, tmp_path / "engine", tmp_path / "work")) as engine:
         rows = by_id(engine.generate(prompts, SAMPLED))
     assert rows == expected(model, prompts, SAMPLED)
-    requests = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "work").glob("attempt_*/requests.jsonl"))]
+    requests = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "work").glob("*/attempt_*/requests.jsonl"))]
     assert requests == [13, 13 - 8]  # two chunks of four were whole
 
 
@@ -380,10 +380,11 @@ def test_a_response_that_breaks_the_rules_is_refused(given: tuple[list[int], str
 def test_unknown_token_ids_of_an_engine_are_refused(model: Path, site: Site, tmp_path: Path) -> None:
     spec = make_spec(model, site, "trtllm-torch")
     provider("trtllm-torch").build(spec, tmp_path / "engine")
-    chunks = tmp_path / "work" / "attempt_0" / "chunks"
-    chunks.mkdir(parents=True)
+    with closing(provider("trtllm-torch").load(spec, tmp_path / "engine", tmp_path / "work")) as engine:
+        list(engine.generate(make_prompts(), GREEDY))
     response = {"id": "ex-0", "token_ids": [5, TINY.vocab_size], "finish_reason": "length", "stop_reason": None}
-    (chunks / "chunk_00000.jsonl").write_text(json.dumps(response) + "\n")
+    for chunk in (tmp_path / "work").glob("*/attempt_*/chunks/chunk_*.jsonl"):
+        chunk.write_text(json.dumps(response) + "\n")
     refused = pytest.raises(ValueError, match=r"ex-0 an unusable response.*259.* outside the vocabulary")
     with closing(provider("trtllm-torch").load(spec, tmp_path / "engine", tmp_path / "work")) as engine, refused:
         list(engine.generate(make_prompts(), GREEDY))

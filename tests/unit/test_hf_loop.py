@@ -174,7 +174,7 @@ def test_slots_are_refilled_as_rows_finish(tmp_path: Path) -> None:
     assert len(set(lengths)) > 3
     # A prompt's pass draws the first token; batches of four that wait for their longest row would take this many steps.
     steps_of_waiting_batches = sum(max(lengths[i : i + 4]) - 1 for i in range(0, 21, 4))
-    steps = sum(length - 1 for length in lengths) / engine.describe()["rows_in_flight"]
+    steps = sum(length - 1 for length in lengths) / (engine.describe()["in_flight_use"] * 4)
     assert steps < 0.75 * steps_of_waiting_batches
 
 
