@@ -3,11 +3,15 @@
 SPIN trains on these answers; a loss against empty or looping text is small and teaches nothing.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from spin_megatron.run.records import GeneratedRow
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_PERIOD = 16
 _SHORTEST_LOOP = 24
@@ -60,3 +64,24 @@ def excesses(quality: AnswerQuality, limits: AnswerQuality) -> list[str]:
         for name, value in vars(quality).items()
         if value > getattr(limits, name)
     ]
+
+
+def judge(rows: Sequence[GeneratedRow], eos_ids: Collection[int], limits: AnswerQuality, *, stop: bool, where: Path) -> AnswerQuality:
+    """The rates of these answers; warns of those above their limit. Fewer than MIN_ANSWERS are not judged.
+
+    Args:
+        where: the folder a person finds the answers in.
+
+    Raises:
+        ValueError: a rate is above its limit, and `stop` asks for that; the answers are kept.
+    """
+    quality = answer_quality(rows, eos_ids)
+    found = excesses(quality, limits) if len(rows) >= MIN_ANSWERS else []
+    for line in found:
+        logger.warning("%s", line)
+    if found and stop:
+        raise ValueError(
+            f"{'; '.join(found)}. Read the answers in {where}; if they are as they should be, go on with --set quality.on_excess=warn, "
+            "else train the model before with a smaller learning rate or fewer epochs."
+        )
+    return quality

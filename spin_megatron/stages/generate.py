@@ -8,14 +8,14 @@ the shard, nor the part, nor an interruption changes an answer.
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spin_megatron.generation.engine import Engine, Prompt, Sampling, eos_token_ids, provider
-from spin_megatron.generation.quality import MIN_ANSWERS, AnswerQuality, answer_quality, excesses
+from spin_megatron.generation.quality import AnswerQuality, judge
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import StageIncomplete, digest_values, read_manifest, write_json
 from spin_megatron.run.records import GeneratedRow, PromptRow, read_rows, write_rows
@@ -42,6 +42,7 @@ class _Counts:
     num_responses: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_truncated: int = 0
 
 
 def shard_range(num_rows: int, num_shards: int, shard: int) -> range:
@@ -74,7 +75,7 @@ def run(context: StageContext) -> StageOutput:
         return StageOutput(files={}, stopped=True)
     shutil.rmtree(layout.shard_work(context.iteration, shard), ignore_errors=True)
     rows = [row for part in parts for row in read_part(part)]
-    quality = _judge(rows, sampling, context)
+    quality = judged(rows, sampling.eos_ids, context, layout.shard(context.iteration, shard))
     files: dict[Path, int | None] = {identity_path: None} | {part.path: len(part.prompts) for part in parts}
     return StageOutput(files=files, summary=_response_summary(rows) | {"quality": vars(quality)} | attempt)
 
@@ -165,16 +166,25 @@ def _answer(engine: Engine, parts: Sequence[Part], sampling: Sampling, context: 
             if context.stop_requested() and counts.num_responses < len(prompts):
                 logger.info("stopped on request after %s; finished parts are kept", row.example_id)
                 return {"stopped": True}
-    seconds = time.monotonic() - started
+    described = engine.describe()
+    throughput = _throughput(counts, time.monotonic() - started, described["in_flight_use"])
+    told = "%.1f requests/s, %.0f prompt and %.0f generated tokens/s, engine %.0f%% full, %.1f%% of the answers truncated"
+    rates = ("requests_per_second", "prompt_tokens_per_second", "generated_tokens_per_second")
+    shares = 100 * throughput["in_flight_use"], 100 * throughput["truncated_share"]
+    logger.info("%s: " + told, description, *(throughput[name] for name in rates), *shares)
+    return {"throughput": throughput, "engine": described}
+
+
+def _throughput(counts: _Counts, seconds: float, in_flight_use: float) -> dict[str, float]:
+    """The report of what this attempt answered; an earlier attempt's answers are not in it."""
     return {
-        "attempt": {
-            "responses": counts.num_responses,
-            "seconds": seconds,
-            "responses_per_second": counts.num_responses / seconds,
-            "prompt_tokens_per_second": counts.num_prompt_tokens / seconds,
-            "generated_tokens_per_second": counts.num_generated_tokens / seconds,
-        },
-        "engine": engine.describe(),
+        "requests": counts.num_responses,
+        "seconds": seconds,
+        "requests_per_second": counts.num_responses / seconds,
+        "prompt_tokens_per_second": counts.num_prompt_tokens / seconds,
+        "generated_tokens_per_second": counts.num_generated_tokens / seconds,
+        "in_flight_use": in_flight_use,
+        "truncated_share": counts.num_truncated / max(1, counts.num_responses),
     }
 
 
@@ -189,6 +199,7 @@ def _write_parts(rows: Iterator[GeneratedRow], parts: Sequence[Part], counts: _C
         counts.num_responses += 1
         counts.num_prompt_tokens += prompt_tokens[row.example_id]
         counts.num_generated_tokens += len(row.token_ids)
+        counts.num_truncated += row.finish_reason == "length"
         if len(arrived[part.path]) == len(part.prompts):
             ordered = arrived.pop(part.path)
             write_rows(part.path, [ordered[prompt.example_id] for prompt in part.prompts], GeneratedRow)
@@ -197,25 +208,11 @@ def _write_parts(rows: Iterator[GeneratedRow], parts: Sequence[Part], counts: _C
         raise RuntimeError(f"the engine left {sum(len(part.prompts) for part in parts) - counts.num_responses} prompts unanswered.")
 
 
-def _judge(rows: Sequence[GeneratedRow], sampling: Sampling, context: StageContext) -> AnswerQuality:
-    """Rates of unusable answers.
-
-    Raises:
-        ValueError: one is above its limit and quality.on_excess is "stop"; the answers are kept.
-    """
+def judged(rows: Sequence[GeneratedRow], eos_ids: Collection[int], context: StageContext, where: Path) -> AnswerQuality:
+    """The quality of answers against [quality]; see quality.judge."""
     settings = context.config.quality
-    quality = answer_quality(rows, sampling.eos_ids)
     limits = AnswerQuality(settings.max_empty, settings.max_repeated, settings.max_truncated, settings.max_identical)
-    found = excesses(quality, limits) if len(rows) >= MIN_ANSWERS else []
-    for line in found:
-        logger.warning("%s", line)
-    if found and settings.on_excess == "stop":
-        folder = context.layout.shard(context.iteration, context.shard or 0)
-        raise ValueError(
-            f"{'; '.join(found)}. Read the answers in {folder}; if they are as they should be, go on with --set quality.on_excess=warn, "
-            "else train the model before with a smaller learning rate or fewer epochs."
-        )
-    return quality
+    return judge(rows, eos_ids, limits, stop=settings.on_excess == "stop", where=where)
 
 
 def _response_summary(rows: Sequence[GeneratedRow]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from spin_megatron.run.records import GeneratedRow, Pack, PromptRow, SpinPair, r
 from spin_megatron.run.seeds import row_seed
 from spin_megatron.run.telemetry import console, progress_bar
 from spin_megatron.stages.context import StageContext, StageOutput
-from spin_megatron.stages.generate import shard_range
+from spin_megatron.stages.generate import judged, shard_range
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ def run(context: StageContext) -> StageOutput:
     eos_ids = eos_token_ids(layout.theta(t))
     prompts, held_out_prompts = (read_rows(path, PromptRow) for path in (layout.prompts, layout.held_out))
     answers = collect_answers(context, [*prompts, *held_out_prompts], eos_ids)
+    # A shard may be too small to be judged, and one bad shard of many is no bad iteration: this is the iteration's verdict.
+    quality = judged(list(answers.values()), eos_ids, context, layout.generate(t))
     fresh = make_pairs(prompts, answers, iteration=t, eos_ids=eos_ids)
     held_out = make_pairs(held_out_prompts, answers, iteration=t, eos_ids=eos_ids)
     for side, name in ((fresh, "training"), (held_out, "held-out")):
@@ -66,7 +68,7 @@ def run(context: StageContext) -> StageOutput:
         path: _write_packs(context, pairs, path)
         for path, pairs in ((layout.train_packs(t), train), (layout.held_out_packs(t), held_out.pairs))
     }
-    report = _report(context, train, fresh, held_out, packs[layout.train_packs(t)], eos_ids)
+    report = {"quality": vars(quality)} | _report(context, train, fresh, held_out, packs[layout.train_packs(t)], eos_ids)
     write_json(layout.pairs_report(t), report)
     files = {layout.train_pairs(t): len(train), layout.held_out_pairs(t): len(held_out.pairs), layout.pairs_report(t): None}
     return StageOutput(files=files | {path: len(plan) for path, plan in packs.items()}, summary=_summary(report))

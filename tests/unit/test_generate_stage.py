@@ -10,7 +10,7 @@ import torch
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import validate_config
-from spin_megatron.generation import hf_loop
+from spin_megatron.generation import hf_loop, quality
 from spin_megatron.generation.hf_loop import HfLoop
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import Manifest, StageIncomplete, write_manifest
@@ -127,7 +127,7 @@ def test_a_shard_that_was_stopped_keeps_its_parts_and_answers_the_rest(base: Pat
     output = generate.run(context)
     assert answers(output) == expected
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert output.summary["attempt"]["responses"] == 15 - 4 * len(kept)
+    assert output.summary["throughput"]["requests"] == 15 - 4 * len(kept)
 
 
 def test_a_crash_in_the_middle_leaves_whole_parts_and_the_rest_is_answered(
@@ -172,7 +172,7 @@ def test_parts_of_another_engine_sampling_or_prompts_are_not_continued(change: s
         rows = read_rows(context.layout.held_out, PromptRow)
         write_rows(context.layout.held_out, [replace(rows[0], prompt_ids=(9, 9)), *rows[1:]], PromptRow)
     output = generate.run(context)
-    assert output.summary["attempt"]["responses"] == 15
+    assert output.summary["throughput"]["requests"] == 15
     assert (answers(output) == before) == (change == "engine")
 
 
@@ -225,16 +225,19 @@ def test_the_summary_counts_what_was_answered(base: Path, tmp_path: Path) -> Non
     assert output.summary["generated_tokens"] == tokens
     assert output.summary["mean_response_tokens"] == tokens / 15
     assert output.summary["quality"]["truncated"] == sum(len(row.token_ids) == 10 and row.token_ids[-1] not in (2, 3) for row in rows) / 15
-    attempt = output.summary["attempt"]
-    assert attempt["generated_tokens_per_second"] * attempt["seconds"] == pytest.approx(tokens)
-    assert attempt["prompt_tokens_per_second"] * attempt["seconds"] == pytest.approx(sum(range(1, 16)))
+    throughput = output.summary["throughput"]
+    assert throughput["requests_per_second"] * throughput["seconds"] == pytest.approx(15)
+    assert throughput["generated_tokens_per_second"] * throughput["seconds"] == pytest.approx(tokens)
+    assert throughput["prompt_tokens_per_second"] * throughput["seconds"] == pytest.approx(sum(range(1, 16)))
+    assert throughput["truncated_share"] == output.summary["quality"]["truncated"]
+    assert 0 < throughput["in_flight_use"] <= 1
     assert output.summary["engine"]["rows_independent"] is True
 
 
 def test_answers_that_end_in_nothing_usable_stop_the_shard_where_asked_for(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(generate, "MIN_ANSWERS", 15)
+    monkeypatch.setattr(quality, "MIN_ANSWERS", 15)
     context = make_run(tmp_path / "run", base, make_config(quality={"max_truncated": 0.01, "on_excess": "stop"}))
     with pytest.raises(ValueError, match=r"truncated, more than quality\.max_truncated=0\.01.*quality\.on_excess=warn"):
         generate.run(context)

@@ -1,5 +1,6 @@
 """The merge stage on hand-made shards: every id once, the window, what is dropped, frozen packs, the report."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from rich.console import Console
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import validate_config
 from spin_megatron.data.leaks import Sample
+from spin_megatron.generation import quality
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import Manifest, StageIncomplete
@@ -299,3 +301,17 @@ def test_the_sample_table_shows_brackets_as_they_are_the_end_of_prompts_and_the_
     assert "END" in text
     assert "BEGIN" in text
     assert "y' (theta_3)" in text
+
+
+def test_an_iteration_of_unusable_answers_is_stopped_though_every_shard_was_too_small_to_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "MIN_ANSWERS", 7)
+    context = make_context(tmp_path)
+    empty = {name: answer(name, EOS) for name in ("a", "b")}
+    write_shards(context, *in_two_shards(answers(**empty)))
+    config = context.config.model_copy(update={"quality": context.config.quality.model_copy(update={"on_excess": "stop"})})
+    with pytest.raises(ValueError, match=r"28\.6% of the answers are empty, more than quality\.max_empty=0\.05"):
+        merge.run(dataclasses.replace(context, config=config))
+    merge.run(context)
+    assert json.loads(context.layout.pairs_report(0).read_text())["quality"]["empty"] == 2 / 7
