@@ -128,16 +128,22 @@ def _nothing_to_examine(_options: Mapping[str, Any], _environment: Environment, 
     return ""
 
 
+def _one_gpu(_spec: EngineSpec, _gpu: str) -> int:
+    return 1
+
+
 @dataclass(frozen=True)
 class Provider:
     """How an engine is built and loaded; see the module's docstring.
 
     examine(options, environment, folder): says what would run, before there is a model; refuses what cannot. `folder` is for logs.
+    gpus(spec, gpu): GPUs of one replica, where the driver calls them `gpu`; 0 for an engine that uses none.
     """
 
     build: Callable[[EngineSpec, Path], dict[str, Any]]
     load: Callable[[EngineSpec, Path, Path], Engine]
     examine: Callable[[Mapping[str, Any], Environment, Path], str] = _nothing_to_examine
+    gpus: Callable[[EngineSpec, str], int] = _one_gpu
 
 
 def provider(name: str) -> Provider:

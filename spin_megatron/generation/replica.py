@@ -127,6 +127,20 @@ def planned_tensor_parallel(spec: EngineSpec, shape: ModelShape, gpu: Gpu) -> in
     return replica_tensor(shape, gpu, prompt_tokens=prompt_tokens, new_tokens=new_tokens, max_batch=spec.batch_size)
 
 
+def replica_gpus(options: ReplicaOptions, spec: EngineSpec, gpu_name: str) -> int:
+    """GPUs of a replica on GPUs that the driver calls `gpu_name`.
+
+    Raises:
+        ValueError: the planner is to choose, and does not know the GPU.
+    """
+    if options.tensor_parallel:
+        return options.ranks
+    gpu = gpu_of_driver_name(gpu_name)
+    if gpu is None:
+        raise ValueError(f"generate.options.tensor_parallel is not set, and the planner does not know the GPU {gpu_name!r}; set it.")
+    return planned_tensor_parallel(spec, ModelShape.from_huggingface(spec.model), gpu) * options.pipeline_parallel
+
+
 def with_tensor_parallel(options: Options, spec: EngineSpec, shape: ModelShape, probed: Probed) -> Options:
     """The options with a number of GPUs: the given one, or the planner's for this model on the GPU that was found.
 
@@ -134,10 +148,7 @@ def with_tensor_parallel(options: Options, spec: EngineSpec, shape: ModelShape, 
         ValueError: the planner does not know the GPU, the replica needs more GPUs than are there, or it does not divide the heads.
     """
     if not options.tensor_parallel:
-        gpu = gpu_of_driver_name(probed.gpu) if probed.gpus else None
-        if probed.gpus and gpu is None:
-            raise ValueError(f"generate.options.tensor_parallel is not set, and the planner does not know the GPU {probed.gpu!r}; set it.")
-        chosen = 1 if gpu is None else planned_tensor_parallel(spec, shape, gpu)
+        chosen = replica_gpus(options, spec, probed.gpu) // options.pipeline_parallel if probed.gpus else 1
         options = replace(options, tensor_parallel=chosen)
     if probed.gpus and options.ranks > len(probed.gpus):
         raise ValueError(

@@ -25,6 +25,7 @@ from spin_megatron.generation.replica import (
     longest_prompt,
     probe,
     read_options,
+    replica_gpus,
     replica_job,
     with_tensor_parallel,
 )
@@ -96,6 +97,10 @@ class Trtllm:
         probed = probe(environment, _SCRIPT, folder)
         self._check_release(probed)
         return f"TensorRT-LLM {probed}"
+
+    def gpus(self, spec: EngineSpec, gpu: str) -> int:
+        """See Provider.gpus."""
+        return replica_gpus(self._read_options(spec.options), spec, gpu)
 
     def _read_options(self, given: Mapping[str, Any]) -> TrtllmOptions:
         options = read_options(TrtllmOptions, given, self.name)
@@ -208,5 +213,5 @@ def _write_calibration(spec: EngineSpec, options: TrtllmOptions, folder: Path) -
 
 
 _ENGINE, _TORCH = Trtllm("trtllm-engine", "engine"), Trtllm("trtllm-torch", "torch")
-ENGINE = Provider(_ENGINE.build, _ENGINE.load, _ENGINE.examine)
-TORCH = Provider(_TORCH.build, _TORCH.load, _TORCH.examine)
+ENGINE = Provider(_ENGINE.build, _ENGINE.load, _ENGINE.examine, _ENGINE.gpus)
+TORCH = Provider(_TORCH.build, _TORCH.load, _TORCH.examine, _TORCH.gpus)

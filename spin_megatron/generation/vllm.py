@@ -18,6 +18,7 @@ from spin_megatron.generation.replica import (
     check_model,
     probe,
     read_options,
+    replica_gpus,
     replica_job,
     with_tensor_parallel,
 )
@@ -47,6 +48,11 @@ def examine(options: Mapping[str, Any], environment: Environment, folder: Path) 
     return f"vLLM {probe(environment, _SCRIPT, folder)}"
 
 
+def gpus(spec: EngineSpec, gpu: str) -> int:
+    """See Provider.gpus."""
+    return replica_gpus(read_options(ReplicaOptions, spec.options, NAME), spec, gpu)
+
+
 def _identity(spec: EngineSpec, probe_folder: Path) -> tuple[ReplicaOptions, Probed, dict[str, Any]]:
     options = read_options(ReplicaOptions, spec.options, NAME)
     shape = check_model(spec, NAME, dtypes=("bfloat16", "float32"))
@@ -56,4 +62,4 @@ def _identity(spec: EngineSpec, probe_folder: Path) -> tuple[ReplicaOptions, Pro
     return options, probed, engine_identity(spec, engine=NAME, runtime=runtime, run_options=RUN_OPTIONS)
 
 
-PROVIDER = Provider(build, load, examine)
+PROVIDER = Provider(build, load, examine, gpus)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,13 +56,24 @@ class Launcher:
         self._stop_requested.set()
         _signal_all(self._processes, signal.SIGTERM)
 
-    def launch(self, arguments: Sequence[str], *, world_size: int, threads: int, log_folder: Path) -> int:
+    def launch(
+        self,
+        arguments: Sequence[str],
+        *,
+        world_size: int,
+        threads: int,
+        log_folder: Path,
+        variables: Mapping[str, str] | None = None,
+        has_terminal: bool = True,
+    ) -> int:
         """Run `spin-megatron ARGUMENTS` as `world_size` ranks and wait for them. May be called from several threads.
 
         Args:
             arguments: verb and options; `--log-file` is added for each rank.
             threads: OMP_NUM_THREADS of each rank.
             log_folder: logs of this stage; a new attempt_N is made below it.
+            variables: what else stands in the ranks' environment.
+            has_terminal: rank 0 writes on it; otherwise what it would show goes into a file, rank_0.out, beside its log.
 
         Returns:
             0 when every rank returned 0, else the exit code of the rank that failed first.
@@ -75,11 +86,12 @@ class Launcher:
         for rank in range(world_size):
             log_file = attempt / f"rank_{rank}.log"
             command = [*PROGRAM, *arguments, "--log-file", str(log_file)]
-            environment = _environment(rank, world_size, port, threads)
-            if rank == 0:
+            environment = _environment(rank, world_size, port, threads) | dict(variables or {})
+            if rank == 0 and has_terminal:
                 process = subprocess.Popen(command, env=environment)
             else:
-                with open(log_file, "ab") as log:
+                # A rank but the first shows nothing; the first would show its log a second time.
+                with open(log_file if rank else log_file.with_suffix(".out"), "ab") as log:
                     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             ranks.append(process)
             self._processes.append(process)

@@ -4,13 +4,16 @@ import argparse
 import importlib
 import json
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from spin_megatron.config import RunConfig, StageName, flat_settings
 from spin_megatron.config_file import apply_override, load_config, validate_config
+from spin_megatron.generation.engine import EXTERNAL, Environment, provider
+from spin_megatron.launch.gpus import pool_for
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
 from spin_megatron.pipeline import STAGES, StageRef, folder_of, line, log_folder, made_in, redo, require_current
 from spin_megatron.plan.command import check_config_fits
@@ -19,11 +22,13 @@ from spin_megatron.plan.precision import PRECISIONS, check_capability, check_pre
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.telemetry import progress_bar
 
 logger = logging.getLogger(__name__)
 
 # A started run may be moved to another layout or machine: these sections and settings decide how, not what.
 CHANGEABLE = ("parallel", "launch", "slurm", "quality", "generate.environment")
+BAR_SECONDS = 1.0
 _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped and saved its state"}
 
 
@@ -33,12 +38,30 @@ def check(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     check_config(config)
+    examine_engine(config)
     print_line(config)
     if Path(config.model.path).is_dir() and Path(config.data.source).exists():
         print_example(*importlib.import_module("spin_megatron.stages.prepare").preview(config))
     else:
         logger.info("the data's first row and its template are checked by prepare: the model or the data is not on this machine yet")
     return DONE
+
+
+def examine_engine(config: RunConfig) -> None:
+    """Say what would answer, where the engine has an environment of its own that can be started here.
+
+    Raises:
+        ValueError: its options are wrong, its interpreter or package is missing, or its release does not fit.
+    """
+    chosen, settings = provider(config.generate.engine), config.generate.environment
+    if config.generate.engine in EXTERNAL and config.slurm.stages and not settings.launcher:
+        logger.info("engine %s is started by Slurm's jobs (slurm/env.sh): build-engine says what it finds there", config.generate.engine)
+        return
+    environment = Environment(settings.python, tuple(settings.prefix), tuple(settings.launcher), tuple(settings.variables))
+    with tempfile.TemporaryDirectory(prefix="spin-check-") as folder:
+        found = chosen.examine(config.generate.options, environment, Path(folder))
+    if found:
+        logger.info("engine %s: %s", config.generate.engine, found)
 
 
 def check_config(config: RunConfig) -> None:
@@ -130,8 +153,10 @@ def _run_group(launcher: Launcher, config: RunConfig, layout: RunLayout, group: 
         logger.info("%s %s: done before", position, group[0])
         return DONE
     logger.info("%s %s", position, ", ".join(str(ref) for ref in missing))
-    with ThreadPoolExecutor(max_workers=1 if len(missing) == 1 else config.launch.shard_processes) as pool:
-        codes = list(pool.map(lambda ref: launch_stage(launcher, config, layout, ref), missing))
+    if len(missing) == 1:
+        codes = [launch_stage(launcher, config, layout, missing[0])]
+    else:
+        codes = _run_shards(launcher, config, layout, missing)
     failed = [(ref, code) for ref, code in zip(missing, codes, strict=True) if code != DONE]
     for ref, code in failed:
         log_file = log_folder(layout, ref) / "latest" / "rank_0.log"
@@ -139,8 +164,51 @@ def _run_group(launcher: Launcher, config: RunConfig, layout: RunLayout, group: 
     return failed[0][1] if failed else DONE
 
 
-def launch_stage(launcher: Launcher, config: RunConfig, layout: RunLayout, ref: StageRef) -> int:
-    """Start the ranks of one stage on this machine and wait for them."""
+def _run_shards(launcher: Launcher, config: RunConfig, layout: RunLayout, missing: list[StageRef]) -> list[int]:
+    """Run shards side by side, each on GPUs of its own where there are any, under one progress bar; their exit codes."""
+    from spin_megatron.run.records import num_rows
+
+    iteration = missing[0].iteration
+    gpus = pool_for(config, layout, iteration)
+
+    def run_shard(ref: StageRef) -> int:
+        with gpus.group() as variables:
+            return launch_stage(launcher, config, layout, ref, variables=variables, has_terminal=False)
+
+    done = num_answered(config, layout, iteration)
+    total = sum(num_rows(path) for path in (layout.prompts, layout.held_out))
+    description = f"generate {iteration} (answers of {config.generate.num_shards} shards)"
+    with ThreadPoolExecutor(config.launch.shard_processes) as pool, progress_bar(description, total, done=done) as advance:
+        running = [pool.submit(run_shard, ref) for ref in missing]
+        while True:
+            is_last_look = all(future.done() for future in running)
+            answered = num_answered(config, layout, iteration)
+            finished = sum(future.done() for future in running)
+            advance(max(0, answered - done), f"{finished} of {len(missing)} shards ended")
+            done = max(done, answered)
+            if is_last_look:
+                return [future.result() for future in running]
+            wait(running, timeout=BAR_SECONDS)
+
+
+def num_answered(config: RunConfig, layout: RunLayout, iteration: int) -> int:
+    """Answers of an iteration in finished part files."""
+    from spin_megatron.run.records import num_rows
+
+    shards = range(config.generate.num_shards)
+    return sum(num_rows(path) for shard in shards for path in sorted(layout.shard(iteration, shard).glob("part_*.parquet")))
+
+
+def launch_stage(
+    launcher: Launcher,
+    config: RunConfig,
+    layout: RunLayout,
+    ref: StageRef,
+    *,
+    variables: Mapping[str, str] | None = None,
+    has_terminal: bool = True,
+) -> int:
+    """Start the ranks of one stage on this machine and wait for them; the last two are of Launcher.launch."""
     # A Slurm job that died between its notice and its end leaves one behind.
     layout.stop_file(ref.name, made_in(ref), ref.shard).unlink(missing_ok=True)
     shard = [] if ref.shard is None else ["--shard", str(ref.shard)]
@@ -150,6 +218,8 @@ def launch_stage(launcher: Launcher, config: RunConfig, layout: RunLayout, ref: 
         world_size=config.parallel.layout().world_size if STAGES[ref.name].distributed else 1,
         threads=config.launch.threads_per_process,
         log_folder=log_folder(layout, ref),
+        variables=variables,
+        has_terminal=has_terminal,
     )
 
 

@@ -138,3 +138,11 @@ def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
 def read_all(paths: Iterable[Path], row_type: type[Row]) -> list[Row]:
     """Rows of several parquet files, in the order of the paths."""
     return [row for path in paths for row in read_rows(path, row_type)]
+
+
+def num_rows(path: Path) -> int:
+    """Rows of a parquet file, from its footer; 0 where it is damaged or gone, which whoever reads it will say."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (pa.ArrowInvalid, OSError):
+        return 0

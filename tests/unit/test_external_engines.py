@@ -6,6 +6,7 @@ the call holds: options, identity, cache, seeds, EOS, refusals, crashes, resumin
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -18,9 +19,11 @@ from typing import Any
 import pytest
 import torch
 
+from spin_megatron.config import RunConfig
 from spin_megatron.generation import external
 from spin_megatron.generation.engine import EngineSpec, Environment, Prompt, Sampling, provider
 from spin_megatron.generation.external import WorkerCommand, normalised
+from spin_megatron.launch.loop import examine_engine
 from spin_megatron.run.records import GeneratedRow, PromptRow, write_rows
 from spin_megatron.run.seeds import row_seed
 from tests.doubles.installation import H100, Site
@@ -327,6 +330,27 @@ def test_an_interpreter_that_is_missing_is_told_by_its_setting(model: Path, site
         provider("trtllm-engine").build(spec, tmp_path / "engine")
 
 
+def test_check_says_what_would_answer_or_what_is_missing(
+    model: Path, site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    environment = site.environment()
+    started = {"python": environment.python, "prefix": list(environment.prefix)}
+    values = {"model": {"path": str(model)}, "data": {"source": "d"}, "generate": {"engine": "trtllm-engine", "environment": started}}
+    with caplog.at_level("INFO", logger="spin_megatron"):
+        examine_engine(RunConfig.model_validate(values))
+    assert "TensorRT-LLM 1.2.1 under Python 3." in caplog.text
+    assert "1 x NVIDIA H100 80GB HBM3" in caplog.text
+    site.install("tensorrt_llm", "1.3.0rc20")
+    with pytest.raises(ValueError, match=r"1\.3\.0rc20; use a container of 1\.2\.1"):
+        examine_engine(RunConfig.model_validate(values))
+    missing = {"python": "/opt/none/python3"}
+    with pytest.raises(ValueError, match=r"/opt/none/python3.*correct \[generate.environment\]"):
+        examine_engine(RunConfig.model_validate({**values, "generate": {"engine": "vllm", "environment": missing}}))
+    # In a Slurm run the container is known to the jobs alone: a login node refuses nothing.
+    slurm = {"slurm": {"stages": {"generate": {"gpus_per_node": 1}}}}
+    examine_engine(RunConfig.model_validate({**values, **slurm, "generate": {"engine": "vllm", "environment": missing}}))
+
+
 def test_a_driver_that_is_killed_takes_its_worker_along(model: Path, site: Site, tmp_path: Path) -> None:
     site.program("sleeper", "echo $$ > " + str(tmp_path / "pid") + "; exec sleep 600")
     environment = site.environment(prefix=("sleeper",))
@@ -405,6 +429,26 @@ def test_worker_scripts_import_nothing_but_the_standard_library_and_their_engine
         found = {alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         found |= {(node.module or "").partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert found - set(sys.stdlib_module_names) == {package}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("minor", [10, 12])
+def test_workers_run_on_the_pythons_their_packages_have(name: str, minor: int, model: Path, tmp_path: Path) -> None:
+    python = other_python(minor)
+    if python is None:
+        pytest.skip(f"there is no Python 3.{minor} here")
+    site = Site(tmp_path / "site", python=python)
+    spec = make_spec(model, site, name)
+    assert answers(name, spec, tmp_path, SAMPLED, make_prompts()) == expected(model, make_prompts(), SAMPLED)
+    with closing(provider(name).load(spec, tmp_path / "engine", tmp_path / "again")) as engine:
+        list(engine.generate(make_prompts(), GREEDY))
+        assert engine.describe()["python"].startswith(f"3.{minor}.")
+
+
+def other_python(minor: int) -> str | None:
+    """An interpreter of that version: on PATH, or one of pyenv's."""
+    of_pyenv = sorted(Path("~/.pyenv/versions").expanduser().glob(f"3.{minor}.*/bin/python3.{minor}"))
+    return shutil.which(f"python3.{minor}", path="/usr/bin:/usr/local/bin") or (str(of_pyenv[-1]) if of_pyenv else None)
 
 
 def test_worker_scripts_share_their_file_handling_to_the_letter() -> None:
