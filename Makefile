@@ -1,5 +1,6 @@
 # make quickstart   two SPIN iterations of a 135M model on this machine's CPU (about 6 minutes once installed)
 # make test         the test suite
+# make test-te      the tests of Transformer Engine's layers, without a GPU, in the environment CUDA_ENV of tools/cuda_environment.sh
 # make lint         ruff, mypy and, where it is installed, shellcheck
 # make clean        remove what these made: .venv, assets, the quickstart run and caches
 #
@@ -12,6 +13,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
+CUDA_ENV ?=
 PYTEST_FLAGS ?=
 # Processes the tests are spread over; each file's tests stay together (tests/conftest.py).
 TEST_PROCESSES ?= 2
@@ -27,7 +29,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test test-te lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -54,10 +56,14 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	$(ONE_THREAD) $(OFFLINE) timeout --kill-after=30 $(TEST_TIMEOUT) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(PYTEST_FLAGS)
 
+test-te:
+	@[ -f "$(CUDA_ENV)/activate" ] || { echo "CUDA_ENV=$(CUDA_ENV) is no environment; make one: tools/cuda_environment.sh DIR, then make test-te CUDA_ENV=DIR" >&2; exit 2; }
+	. "$(CUDA_ENV)/activate" && $(ONE_THREAD) $(OFFLINE) python -m pytest $(PYTEST_FLAGS) tests/te
+
 lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	@if command -v shellcheck >/dev/null; then echo shellcheck slurm; find slurm .ci -type f \( -name '*.sh' -o -name run \) -exec shellcheck -x {} +; \
+	@if command -v shellcheck >/dev/null; then echo shellcheck; find slurm tools .ci -type f \( -name '*.sh' -o -name run \) -exec shellcheck -x {} +; \
 	else echo "shellcheck is not installed: shell scripts unchecked (Debian and Ubuntu: apt-get install shellcheck)"; fi
 
 clean:

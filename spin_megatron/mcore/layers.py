@@ -65,6 +65,10 @@ def layer_submodules(kind: SpecKind, *, num_experts: int | None, qk_norm: bool, 
         spec.submodules.self_attention.submodules.k_layernorm = attention_norm
         if num_experts is None:
             _submodules(spec.submodules.mlp).activation_func = Swiglu
+        else:
+            # Saved as if it were fused into linear_fc1, which of an expert layer not even Transformer Engine's spec does: under its own
+            # name a checkpoint of one spec loads into the other.
+            del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     # One plan cache for all layers: they see the same pack.
     core_attention = functools.partial(BranchAttention, backend=attention, plans=PlanCache())
     spec.submodules.self_attention.submodules.core_attention = core_attention

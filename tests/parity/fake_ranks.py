@@ -46,10 +46,10 @@ class WeightsOnMeta(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def meta_model(shape: ModelShape, layout: ParallelLayout, rank: int) -> Iterator[tuple[list[SpinModel], Runtime]]:
-    """The chunks of one rank, without storage."""
+def meta_model(shape: ModelShape, layout: ParallelLayout, rank: int, **options: Any) -> Iterator[tuple[list[SpinModel], Runtime]]:
+    """The chunks of one rank, without storage. options: of build_model."""
     with fake_rank(layout, rank) as runtime:
         with WeightsOnMeta():
-            chunks = build_model(shape, runtime, dtype=torch.bfloat16)
+            chunks = build_model(shape, runtime, dtype=torch.bfloat16, **options)
         assert all(parameter.is_meta for chunk in chunks for parameter in chunk.parameters())
         yield chunks, runtime
