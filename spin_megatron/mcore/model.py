@@ -8,7 +8,6 @@ Shapes: T tokens of the pack (a sequence-parallel rank holds T/TP of them betwee
 (local: padded V/TP), D head size.
 """
 
-import importlib.util
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,8 @@ from torch import Tensor
 from spin_megatron.convert.families import Fetch, global_name, megatron_shard, padded_vocab
 from spin_megatron.convert.hf_io import HfFolder, check_tensors
 from spin_megatron.mcore.attention import choose_backend
-from spin_megatron.mcore.layers import SpecKind, choose_layer_spec, layer_submodules
+from spin_megatron.mcore.fused import choose_weight_gradients
+from spin_megatron.mcore.layers import LayerSpec, SpecKind, choose_layer_spec, layer_submodules
 from spin_megatron.mcore.precision import Fp8, require_fp8
 from spin_megatron.mcore.runtime import Runtime
 from spin_megatron.objective.logprobs import vocab_parallel_logprobs
@@ -167,9 +167,8 @@ def build_model(
         logger.info("layers: %s (%s)", spec.kind, spec.reason)
         logger.info("attention: %s (%s)", attention.name, attention.reason)
         logger.info("precision: %s", dtype if fp8 is None else fp8)
-        if runtime.device.type == "cuda":
-            fused = "fused (NVIDIA apex)" if has_fused_weight_gradient() else "not fused (NVIDIA apex's extension is not installed)"
-            logger.info("weight gradients: %s", fused)
+        gradients = choose_weight_gradients(spec, runtime.device)
+        logger.info("weight gradients: %s (%s)", gradients.maker, gradients.reason)
     config = transformer_config(shape, runtime, dtype=dtype, recompute=recompute, spec=spec.kind, fp8=fp8)
     layer, norm = layer_submodules(spec.kind, num_experts=shape.num_experts, qk_norm=shape.qk_norm, attention=attention)
     virtual = layout.virtual_pipeline
@@ -236,7 +235,7 @@ def transformer_config(
         bias_dropout_fusion=on_cuda,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=on_cuda and has_fused_weight_gradient(),
+        gradient_accumulation_fusion=choose_weight_gradients(LayerSpec(spec, ""), runtime.device).maker == "apex",
         **_expert_settings(shape, has_te=has_te, on_cuda=on_cuda),
         **_recompute_settings(recompute, is_dense=is_dense),
         **({} if fp8 is None else fp8.settings()),
@@ -249,11 +248,6 @@ def _stages(layout: ParallelLayout) -> list[list[str]] | None:
         return None
     stages = [["decoder"] * count for count in layout.stage_layers]
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
-
-
-def has_fused_weight_gradient() -> bool:
-    """Whether NVIDIA apex's kernel is there that adds weight gradients straight to main_grad; Megatron Core's head needs it for that."""
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def _expert_settings(shape: ModelShape, *, has_te: bool, on_cuda: bool) -> dict[str, Any]:

@@ -7,17 +7,23 @@ DistributedOptimizer insists on Adam when it is built; it reads nothing of it bu
 the finished optimizer's groups over. Adam's own state is allocated by its first step, which never comes.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
+
+from spin_megatron.mcore.fused import add_to_main_gradients, update_kernels
+
+logger = logging.getLogger(__name__)
 
 OptimizerName = Literal["adamw", "rmsprop"]
 
@@ -111,6 +117,12 @@ def build_trainer(
         for group in part.param_groups:
             # Megatron Core's scheduler would do this each step; ours only sets the learning rate.
             group["weight_decay"] = rule.weight_decay * group["wd_mult"]
+    for chunk in wrapped:
+        add_to_main_gradients(chunk)
+    kernels = {update_kernels(part.optimizer) for part in parts(optimizer) if part.optimizer is not None}
+    if dist.get_rank() == 0:
+        for used in kernels:
+            logger.info("optimizer: %s (%s)", used.maker, used.reason)
     return Trainer(wrapped, optimizer, rule)
 
 

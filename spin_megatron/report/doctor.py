@@ -21,6 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from spin_megatron.plan.precision import PRECISIONS
+
 State = Literal["ok", "absent", "warning", "problem"]
 ApexKind = Literal["none", "nvidia", "nvidia without extensions", "web toolkit", "unknown"]
 
@@ -238,8 +240,15 @@ def examine_kernels(device: Device) -> Iterator[Finding]:
     import torch
 
     from spin_megatron.mcore.attention import choose_backend
+    from spin_megatron.mcore.fused import choose_weight_gradients
+    from spin_megatron.mcore.layers import choose_layer_spec
 
-    attention = choose_backend(torch.device(device.kind), torch.bfloat16, head_dim=128, sliding_window=None)
+    torch_device = torch.device(device.kind)
+    layers = choose_layer_spec(torch_device)
+    yield Finding("kernel: layers", "ok" if layers.kind == "transformer_engine" else "absent", layers.kind, layers.reason)
+    gradients = choose_weight_gradients(layers, torch_device)
+    yield Finding("kernel: weight gradients", "absent" if gradients.maker == "torch" else "ok", gradients.maker, gradients.reason)
+    attention = choose_backend(torch_device, torch.bfloat16, head_dim=128, sliding_window=None)
     plain = attention.name == "sdpa" and device.kind != "cpu"
     yield Finding("kernel: attention", "warning" if plain else "ok", attention.name, attention.reason)
     has_engine = examine_transformer_engine().state == "ok"
@@ -268,7 +277,8 @@ def _fp8(device: Device, *, has_engine: bool) -> Finding:
         return Finding(topic, "absent", "off", "needs a GPU of compute capability 8.9 or later")
     if not has_engine:
         return Finding(topic, "absent", "off", "needs Transformer Engine")
-    return Finding(topic, "ok", "possible")
+    possible = [name for name, precision in PRECISIONS.items() if precision.fp8_recipe and precision.capability <= device.capability]
+    return Finding(topic, "ok", ", ".join(possible), "set train.precision to one of them")
 
 
 def examine_machine(folder: Path) -> Iterator[Finding]:

@@ -107,7 +107,8 @@ def test_transformer_engine_turns_on_fused_adam_and_on_hopper_fp8(site: Path) ->
     install(site, "transformer-engine", "2.9.0")
     install(site, "transformer-engine-torch", "2.9.0")
     hopper, ampere = by_topic(list(doctor.examine_kernels(HOPPER))), by_topic(list(doctor.examine_kernels(AMPERE)))
-    assert (hopper["kernel: AdamW, clipping"].found, hopper["kernel: FP8 matrix products"].found) == ("fused", "possible")
+    recipes = "fp8-blockwise, fp8-tensorwise"
+    assert (hopper["kernel: AdamW, clipping"].found, hopper["kernel: FP8 matrix products"].found) == ("fused", recipes)
     assert (ampere["kernel: AdamW, clipping"].found, ampere["kernel: FP8 matrix products"].found) == ("fused", "off")
     assert "8.9" in ampere["kernel: FP8 matrix products"].advice
 

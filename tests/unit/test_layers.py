@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_megatron.mcore.layers import RmsNorm, Swiglu, choose_layer_spec
+from spin_megatron.mcore.layers import LayerSpec, RmsNorm, Swiglu, choose_layer_spec
 from spin_megatron.plan.shape import ModelShape, RopeScaling
 
 
@@ -128,3 +128,40 @@ def test_the_layer_modules_are_named_with_their_reason(monkeypatch: pytest.Monke
     assert (chosen.kind, chosen.reason[:37]) == ("local", "Transformer Engine is not installed (")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert choose_layer_spec(torch.device("cuda")).kind == "transformer_engine"
+
+
+def test_weight_gradients_are_fused_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from spin_megatron.mcore.fused import choose_weight_gradients
+
+    gpu, local, engine = torch.device("cuda"), LayerSpec("local", ""), LayerSpec("transformer_engine", "")
+    there: set[str] = set()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in there else None)
+    assert choose_weight_gradients(engine, gpu).maker == "transformer_engine"
+    assert choose_weight_gradients(local, gpu).maker == "torch"
+    there.add("fused_weight_gradient_mlp_cuda")
+    chosen = choose_weight_gradients(local, gpu)
+    assert (chosen.maker, "apex's fused_weight_gradient_mlp_cuda is installed" in chosen.reason) == ("apex", True)
+    assert choose_weight_gradients(engine, gpu).maker == "transformer_engine"
+    assert choose_weight_gradients(local, torch.device("cpu")).reason == "fused kernels compute on CUDA only, and this is cpu"
+
+
+def test_only_layers_that_can_are_told_to_add_to_the_buffer() -> None:
+    from spin_megatron.mcore.fused import add_to_main_gradients
+
+    fusing, plain = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    fusing.fuse_wgrad_accumulation = False  # type: ignore[assignment]
+    add_to_main_gradients(torch.nn.Sequential(fusing, plain))
+    assert fusing.fuse_wgrad_accumulation is True
+    assert not hasattr(plain, "fuse_wgrad_accumulation")
+
+
+def test_the_update_s_kernels_are_told_by_the_optimizer_s_origin() -> None:
+    from spin_megatron.mcore.fused import Kernels, update_kernels
+
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    assert update_kernels(torch.optim.RMSprop(weights)) == Kernels("torch", "torch's RMSprop")
+    for package in ("transformer_engine", "apex"):
+        fused = type("FusedAdam", (torch.optim.SGD,), {"__module__": f"{package}.optimizers.fused_adam"})
+        assert update_kernels(fused(weights)).maker == package
