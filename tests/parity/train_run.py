@@ -1,5 +1,6 @@
 """A run directory that stands just before train: theta_t as a tiny random Hugging Face folder, packed random pairs, a config."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,30 @@ def make_config(root: Path, **changes: dict[str, Any]) -> RunConfig:
     return validate_config(sections, origin="test")
 
 
-def make_run(root: Path, *, model: str = "llama2", num_pairs: int = 16, num_held_out: int = 5, iteration: int = 0) -> RunLayout:
+def make_run(
+    root: Path,
+    *,
+    model: str = "llama2",
+    num_pairs: int = 16,
+    num_held_out: int = 5,
+    iteration: int = 0,
+    pack_tokens: int = PACK_TOKENS,
+    model_options: Mapping[str, Any] | None = None,
+) -> RunLayout:
     """Write theta_t and iter_t/pairs, with their manifests."""
     layout = RunLayout(root)
-    make_tiny_model(model, layout.theta(iteration))
+    make_tiny_model(model, layout.theta(iteration), **(model_options or {}))
     pairs = make_pairs(1, num_pairs=num_pairs, longest=50)
     held_out = make_pairs(2, num_pairs=num_held_out, longest=50)
-    _write(pairs, layout.train_pairs(iteration), layout.train_packs(iteration))
-    _write(held_out, layout.held_out_pairs(iteration), layout.held_out_packs(iteration))
+    _write(pairs, layout.train_pairs(iteration), layout.train_packs(iteration), pack_tokens)
+    _write(held_out, layout.held_out_pairs(iteration), layout.held_out_packs(iteration), pack_tokens)
     for stage, folder in (("export", layout.theta(iteration)), ("merge", layout.pairs(iteration))):
         files = tuple(output_file(folder, path) for path in sorted(folder.iterdir()))
         write_manifest(folder, Manifest(stage, iteration, None, key="test", settings={}, inputs={}, outputs=files))
     return layout
 
 
-def _write(pairs: list[SpinPair], pairs_path: Path, packs_path: Path) -> None:
+def _write(pairs: list[SpinPair], pairs_path: Path, packs_path: Path, pack_tokens: int) -> None:
     lengths = [(pair.pair_id, pair_tokens(pair, share_prompt=True)) for pair in pairs]
     write_rows(pairs_path, pairs, SpinPair)
-    write_rows(packs_path, plan_packs(lengths, pack_tokens=PACK_TOKENS, max_pairs_per_pack=None, seed=0), Pack)
+    write_rows(packs_path, plan_packs(lengths, pack_tokens=pack_tokens, max_pairs_per_pack=None, seed=0), Pack)

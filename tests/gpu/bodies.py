@@ -1,0 +1,211 @@
+"""What the tests of this folder do, by device: tests/parity/test_gpu_bodies.py runs the same on the CPU, smaller and in fp32."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spin_megatron.data.batches import make_batch
+from spin_megatron.mcore.model import SpinModel, build_model, load_huggingface
+from spin_megatron.mcore.optimizer import UpdateRule, build_trainer
+from spin_megatron.mcore.precision import Fp8
+from spin_megatron.mcore.runtime import DeviceKind, Runtime, running
+from spin_megatron.mcore.steps import score_packs
+from spin_megatron.mcore.training import Objective, train_step
+from spin_megatron.objective.logprobs import sequence_sums
+from spin_megatron.plan.memory import CONTEXT_BYTES, OptimizerName, TrainSettings, rank_memory
+from spin_megatron.plan.precision import PRECISIONS, PrecisionName
+from spin_megatron.plan.shape import ModelShape, ParallelLayout
+from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.records import ReferenceScore, SpinPair
+from spin_megatron.stages import train
+from spin_megatron.stages.context import StageContext
+from tests.parity.tiny_models import make_pairs
+from tests.parity.train_run import make_config
+
+PACK_TOKENS = 512  # whole blocks of every FP8 recipe
+# Sizes that FP8 multiplies: multiples of 128.
+ALIGNED = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+
+
+def different_pairs(seed: int, num_pairs: int, vocab_size: int) -> list[SpinPair]:
+    """Pairs with ids of their own, so that several packs can be trained together."""
+    pairs = make_pairs(seed, num_pairs=num_pairs, longest=60, vocab_size=vocab_size)
+    return [replace(pair, pair_id=f"{seed}_{pair.pair_id}") for pair in pairs]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a few updates were: per step loss and mean |margin|; the reference sums they started from; whether gradients were finite."""
+
+    losses: list[float]
+    margins: list[float]
+    are_applied: list[bool]
+    references: dict[str, ReferenceScore] = field(repr=False)
+
+
+def build(shape: ModelShape, runtime: Runtime, precision: PrecisionName, *, num_bf16_end_layers: int = 0) -> list[SpinModel]:
+    """The policy in that precision."""
+    dtype = getattr(torch, PRECISIONS[precision].dtype)
+    return build_model(shape, runtime, dtype=dtype, fp8=Fp8.chosen(precision, num_bf16_end_layers))
+
+
+def score(chunks: list[SpinModel], packs: list[list[SpinPair]], runtime: Runtime) -> dict[str, ReferenceScore]:
+    """Log-prob sums of the packs' pairs, forward-only."""
+    batches = [make_batch(pack, pack_tokens=PACK_TOKENS, pad_id=0, share_prompt=True) for pack in packs]
+    found = {}
+    for batch, logp_R in zip(batches, score_packs(chunks, batches, runtime), strict=True):
+        sums = sequence_sums(logp_R, batch.lengths_Q).view(-1, 2).tolist()
+        lengths = batch.lengths_Q.view(-1, 2).tolist()
+        found |= {name: ReferenceScore(name, *both, *sizes) for name, both, sizes in zip(batch.pair_ids, sums, lengths, strict=True)}
+    return found
+
+
+def update(
+    chunks: list[SpinModel], packs: list[list[SpinPair]], runtime: Runtime, *, num_steps: int, optimizer: OptimizerName = "rmsprop"
+) -> Steps:
+    """Score the packs, then train on all of them a few times. Raises ValueError when the first margins are not exactly 0."""
+    references = score(chunks, packs, runtime)
+    trainer = build_trainer(chunks, UpdateRule(optimizer))
+    batches = [make_batch(pack, pack_tokens=PACK_TOKENS, pad_id=0, share_prompt=True) for pack in packs]
+    outcomes = [
+        train_step(
+            trainer,
+            batches,
+            references,
+            Objective("logistic", 0.1),
+            runtime,
+            num_pairs=sum(len(pack) for pack in packs),
+            learning_rate=1e-4,
+            must_start_at_zero=step == 0,
+        )
+        for step in range(num_steps)
+    ]
+    return Steps(
+        [outcome.metrics["loss"] for outcome in outcomes],
+        [outcome.metrics["margin_abs"] for outcome in outcomes],
+        [outcome.is_applied for outcome in outcomes],
+        references,
+    )
+
+
+def train_from_zero(folder: Path, device: DeviceKind, precision: PrecisionName, *, num_bf16_end_layers: int = 0) -> Steps:
+    """The reference pass and three steps over two packs of a small model."""
+    shape = ModelShape.from_huggingface(folder)
+    packs = [different_pairs(seed, 8, shape.vocab_size) for seed in range(2)]
+    with running(ParallelLayout(), device=device, seed=1) as runtime:
+        chunks = build(shape, runtime, precision, num_bf16_end_layers=num_bf16_end_layers)
+        load_huggingface(chunks, folder, shape, runtime, show=False)
+        return update(chunks, packs, runtime, num_steps=3)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes that a block of code had at most, beyond those before it."""
+
+    before: int
+    device: DeviceKind
+
+    @property
+    def num_bytes(self) -> int:
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self.before
+        return _resident("VmHWM") - self.before
+
+
+@contextmanager
+def peak_memory(device: DeviceKind) -> Iterator[Peak]:
+    """Measure the allocator's peak on CUDA, the process's resident memory on the CPU (Linux)."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        yield Peak(torch.cuda.memory_allocated(), device)
+        return
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    yield Peak(_resident("VmRSS"), device)
+
+
+def _resident(name: str) -> int:
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))[1]) * 1024  # type: ignore[index]
+
+
+def wide_shape(*, num_layers: int, ffn: int, vocab_size: int) -> ModelShape:
+    """Llama-3-70B's width, heads and grouped keys."""
+    return ModelShape(
+        family="llama",
+        num_layers=num_layers,
+        hidden_size=8192,
+        ffn_hidden_size=ffn,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=vocab_size,
+        max_positions=8192,
+        norm_epsilon=1e-5,
+        rope_theta=500000.0,
+    )
+
+
+def step_of_a_slice(shape: ModelShape, device: DeviceKind, precision: PrecisionName) -> tuple[Steps, int, int]:
+    """One real update of a slice of a large model, from drawn weights: (the step, peak bytes measured, peak bytes planned)."""
+    packs = [different_pairs(seed, 8, shape.vocab_size) for seed in range(2)]
+    with running(ParallelLayout(), device=device, seed=1) as runtime, peak_memory(device) as peak:
+        chunks = build(shape, runtime, precision)
+        generator = torch.Generator(device=runtime.device).manual_seed(0)
+        with torch.no_grad():
+            for parameter in chunks[0].parameters():
+                if parameter.dim() == 1:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.uniform_(-0.02, 0.02, generator=generator)
+        steps = update(chunks, packs, runtime, num_steps=1)
+        measured = peak.num_bytes
+    rows = sum(len(pair.real_ids) + len(pair.generated_ids) for pair in packs[0]) / PACK_TOKENS
+    has_fused_gradients = device == "cuda" and precision != "fp32"
+    settings = TrainSettings(
+        PACK_TOKENS,
+        2,
+        precision=precision,
+        optimizer="rmsprop",
+        distributed_optimizer=False,
+        head_rows=rows,
+        fused_gradients=has_fused_gradients,
+    )
+    # The CUDA context is outside torch's allocator, and the CPU has none.
+    return steps, measured, rank_memory(shape, ParallelLayout(), settings, 0).total - CONTEXT_BYTES
+
+
+def run_train(layout: RunLayout, precision: PrecisionName) -> None:
+    """The train stage of a run made by tests.parity.train_run, on the GPU where there is one."""
+    config = make_config(layout.root, train={"precision": precision, "pack_tokens": PACK_TOKENS, "save_every_steps": 2})
+    train.run(StageContext(config, layout, 0, show=False, stop_requested=lambda: False))
+
+
+def die_in_the_fourth_step(root: str, precision: PrecisionName) -> None:
+    """Be a process that is killed, hard, after three updates and one checkpoint."""
+    make_step, made = train._make_step, []
+
+    def dying(*args: Any) -> Any:
+        if len(made) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        made.append(None)
+        return make_step(*args)
+
+    train._make_step = dying  # type: ignore[assignment]
+    run_train(RunLayout(Path(root)), precision)
+
+
+def kill_and_resume(layout: RunLayout, precision: PrecisionName) -> None:
+    """Train in a process that dies in its fourth step, then here to the end."""
+    command = "import sys; from tests.gpu.bodies import die_in_the_fourth_step as die; die(*sys.argv[1:])"
+    died = subprocess.run([sys.executable, "-c", command, str(layout.root), precision], timeout=240, check=False)
+    assert died.returncode == -signal.SIGKILL
+    run_train(layout, precision)
