@@ -27,6 +27,7 @@ State = Literal["done", "stale", "ready", "waiting"]
 # Ten missed touches of a lock (run/lock.py): a file server may be slow for a while.
 LOCK_STALE_SECONDS = 60.0
 MANIFEST_POLL_SECONDS = 0.2
+SOURCE_INPUT = "data.source (content)"
 
 
 @dataclass(frozen=True)
@@ -173,18 +174,30 @@ def settings_of(config: RunConfig, ref: StageRef) -> dict[str, Any]:
 
 
 def inputs_of(config: RunConfig, layout: RunLayout, ref: StageRef) -> dict[str, str]:
-    """Name -> content digest of every stage this one reads.
+    """Name -> content digest of every stage this one reads, and for prepare of the local data set.
 
     Raises:
         StageIncomplete: one of them is not done; the message is the command that completes it.
     """
-    inputs = {}
+    inputs = _source_digest(config, layout) if ref.name == "prepare" else {}
     for need in STAGES[ref.name].needs(config, ref.iteration):
         manifest = manifests.read_manifest(folder_of(layout, need))
         if manifest is None:
             raise StageIncomplete(f"{ref} needs {need}, which is not complete; run: {need.command(layout)}")
         inputs[str(need)] = manifests.digest_values([manifest.key, [(output.path, output.sha256) for output in manifest.outputs]])
     return inputs
+
+
+def _source_digest(config: RunConfig, layout: RunLayout) -> dict[str, str]:
+    """What a local data.source holds: an edited file is another data set. A pinned revision says it for one of the hub.
+
+    A source that is gone after prepare is done is no longer needed; what was read of it stands in the manifest.
+    """
+    source = Path(config.data.source)
+    if source.exists():
+        return {SOURCE_INPUT: manifests.digest_tree(source)}
+    manifest = manifests.read_manifest(layout.data)
+    return {} if manifest is None else {name: digest for name, digest in manifest.inputs.items() if name == SOURCE_INPUT}
 
 
 def state_of(config: RunConfig, layout: RunLayout, ref: StageRef) -> State:

@@ -138,6 +138,38 @@ def test_other_contents_of_an_input_make_what_follows_stale(config: RunConfig, l
         do(config, layout, StageRef("merge", 0))
 
 
+@pytest.fixture
+def with_local_data(config: RunConfig, tmp_path: Path) -> tuple[RunConfig, Path]:
+    """A config whose data.source is a local folder, and the file in it."""
+    source = tmp_path / "data set" / "train.jsonl"
+    write_text(source, "a row")
+    return config.model_copy(update={"data": config.data.model_copy(update={"source": str(source.parent), "revision": None})}), source
+
+
+def test_an_edited_data_file_makes_prepare_stale(
+    with_local_data: tuple[RunConfig, Path], layout: RunLayout, stage_runs: list[str]
+) -> None:
+    config, source = with_local_data
+    do_all(config, layout)
+    write_text(source, "a row")  # written anew with the same content
+    do_all(config, layout)
+    write_text(source, "a ROW")
+    with pytest.raises(StaleStage, match=r"prepare 0 was finished with other .*\n  input data\.source \(content\): '\w+' -> '\w+'"):
+        do(config, layout, StageRef("prepare"))
+    assert state_of(config, layout, StageRef("prepare")) == "stale"
+
+
+def test_a_data_source_that_is_gone_after_prepare_is_missed_by_nobody(
+    with_local_data: tuple[RunConfig, Path], layout: RunLayout, stage_runs: list[str]
+) -> None:
+    config, source = with_local_data
+    do_all(config, layout)
+    source.rename(layout.root / "elsewhere.jsonl")
+    source.parent.rmdir()
+    do_all(config, layout)
+    assert len(stage_runs) == len(line(config))
+
+
 def test_a_stopped_stage_has_no_manifest_and_runs_again(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
     runs_current["content"]["stop"] = {"export 0"}
     assert not do(config, layout, StageRef("export", 0))

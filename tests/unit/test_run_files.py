@@ -13,6 +13,8 @@ from spin_megatron.run.manifest import (
     Manifest,
     atomic_path,
     difference,
+    digest_file,
+    digest_tree,
     output_file,
     read_manifest,
     stage_key,
@@ -105,6 +107,20 @@ def test_the_key_depends_on_settings_and_inputs_and_not_on_their_order(tmp_path:
     assert stage_key("train", {}, {"x": "1"}) != stage_key("merge", {}, {"x": "1"})
     manifest = make_manifest(tmp_path)
     assert difference(manifest, {"run.seed": 43}, {"prepare 0": "abd"}) == ["run.seed: 42 -> 43", "input prepare 0: 'abc' -> 'abd'"]
+
+
+def test_the_digest_of_a_tree_is_that_of_its_names_and_contents(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "b" / "one.txt", "1")
+    write_text(tmp_path / "a" / "two.txt", "2")
+    whole = digest_tree(tmp_path / "a")
+    assert digest_tree(tmp_path / "a" / "two.txt") == digest_file(tmp_path / "a" / "two.txt")
+    write_text(tmp_path / "a" / ".hidden", "3")
+    assert digest_tree(tmp_path / "a") == whole
+    os.rename(tmp_path / "a" / "two.txt", tmp_path / "a" / "three.txt")
+    assert digest_tree(tmp_path / "a") != whole
+    os.rename(tmp_path / "a" / "three.txt", tmp_path / "a" / "two.txt")
+    write_text(tmp_path / "a" / "b" / "one.txt", "!")
+    assert digest_tree(tmp_path / "a") != whole
 
 
 def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path: Path) -> None:
