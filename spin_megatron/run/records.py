@@ -90,6 +90,9 @@ class ReferenceScore:
     num_generated: int
 
 
+# Rows whose items exist one by one at a time, before they are shared.
+_BATCH_ROWS = 256
+
 Row = TypeVar("Row", PromptRow, GeneratedRow, SpinPair, Pack, ReferenceScore)
 
 _ARROW_TYPES: dict[Any, pa.DataType] = {
@@ -123,16 +126,28 @@ def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
     Raises:
         ValueError: the file is corrupt, or its columns are not those of row_type; the message names the file.
     """
+    make: Callable[..., Row] = row_type
+    expected = arrow_schema(row_type).names
+    one_object: dict[Any, Any] = {}
+    rows: list[Row] = []
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            if file.schema_arrow.names != expected:
+                raise ValueError(f"{path} has columns {file.schema_arrow.names}, expected {expected} ({row_type.__name__}).")
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                columns = [_values(column, one_object) for column in batch.columns]
+                rows += [make(*values) for values in zip(*columns, strict=True)]
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}); remove it and rerun the stage that makes it.") from error
-    expected = arrow_schema(row_type)
-    if table.schema.names != expected.names:
-        raise ValueError(f"{path} has columns {table.schema.names}, expected {expected.names} ({row_type.__name__}).")
-    columns = [column.to_pylist() for column in table.columns]
-    make: Callable[..., Row] = row_type
-    return [make(*(tuple(value) if isinstance(value, list) else value for value in values)) for values in zip(*columns, strict=True)]
+    return rows
+
+
+def _values(column: pa.Array, one_object: dict[Any, Any]) -> list[Any]:
+    """A column's values; lists as tuples that share one object an item: 8 bytes a token instead of 36."""
+    values: list[Any] = column.to_pylist()
+    if not pa.types.is_list(column.type):
+        return values
+    return [tuple(map(one_object.setdefault, items, items)) for items in values]
 
 
 def read_all(paths: Iterable[Path], row_type: type[Row]) -> list[Row]:

@@ -56,6 +56,14 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path, row_type: type, row
     assert read_rows(path, row_type) == rows
 
 
+def test_equal_tokens_of_all_rows_are_one_object_in_memory(tmp_path: Path) -> None:
+    rows = [GeneratedRow(str(number), (49_151, number), "length", number) for number in range(1000)]
+    write_rows(tmp_path / "rows.parquet", rows, GeneratedRow)
+    found = read_rows(tmp_path / "rows.parquet", GeneratedRow)
+    assert found == rows
+    assert len({id(row.token_ids[0]) for row in found}) == 1, "each int object takes 28 bytes beside the 8 that point to it"
+
+
 def test_a_corrupt_or_foreign_parquet_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     write_rows(path, [GeneratedRow("a", (1,), "stop", 0)], GeneratedRow)
