@@ -25,6 +25,7 @@ import torch
 from spin_megatron.config import PER_ITERATION, flat_settings
 from spin_megatron.data.packing import assign_ranks
 from spin_megatron.data.progress import PlannedStep, Progress, StepPlan
+from spin_megatron.data.schedule import Schedule
 from spin_megatron.mcore import checkpoint
 from spin_megatron.mcore.model import SpinModel, build_model, load_huggingface
 from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer, gather_weights, overlaps
@@ -32,7 +33,6 @@ from spin_megatron.mcore.precision import Fp8
 from spin_megatron.mcore.reference import PackedPairs, cached_scores, claim_cache, numerics, score_pairs
 from spin_megatron.mcore.runtime import Runtime, default_device, running
 from spin_megatron.mcore.training import Objective, StepOutcome, agreed_by_first_rank, train_step
-from spin_megatron.plan.schedule import Schedule
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.manifest import StageIncomplete, digest_values, read_manifest
 from spin_megatron.run.records import ReferenceScore, write_rows

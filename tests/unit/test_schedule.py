@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from spin_megatron.plan.schedule import Schedule
+from spin_megatron.data.schedule import Schedule
 
 
 def test_linear_rises_to_the_peak_and_falls_to_zero() -> None:
