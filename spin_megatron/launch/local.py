@@ -25,6 +25,8 @@ POLL_SECONDS = 0.05
 PROGRAM = (sys.executable, "-m", "spin_megatron.cli")
 _PARENT = "SPIN_MEGATRON_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
+# The descriptor in rank 0 of the socket at which it serves the meeting of all ranks; mcore/runtime.py takes it.
+MEETING_SOCKET = "SPIN_MEGATRON_MEETING_SOCKET"
 
 
 class Launcher:
@@ -81,20 +83,24 @@ class Launcher:
         if self.is_stopping():
             return STOPPED
         attempt = new_attempt(log_folder)
-        port = _free_port()
         ranks: list[subprocess.Popen[bytes]] = []
+        # Rank 0 gets the socket itself: a port that is only known to be free now may be another's when it starts to listen.
+        meeting = socket.create_server(("127.0.0.1", 0))
         for rank in range(world_size):
             log_file = attempt / f"rank_{rank}.log"
             command = [*PROGRAM, *arguments, "--log-file", str(log_file)]
-            environment = _environment(rank, world_size, port, threads) | dict(variables or {})
+            environment = _environment(rank, world_size, meeting.getsockname()[1], threads) | dict(variables or {})
+            environment[MEETING_SOCKET] = str(meeting.fileno())
+            kept = (meeting.fileno(),) if rank == 0 else ()
             if rank == 0 and has_terminal:
-                process = subprocess.Popen(command, env=environment)
+                process = subprocess.Popen(command, env=environment, pass_fds=kept)
             else:
                 # A rank but the first shows nothing; the first would show its log a second time.
                 with open(log_file if rank else log_file.with_suffix(".out"), "ab") as log:
-                    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                    process = subprocess.Popen(command, env=environment, pass_fds=kept, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             ranks.append(process)
             self._processes.append(process)
+        meeting.close()
         if self.is_stopping():  # the signal came between the two lines above
             _signal_all(ranks, signal.SIGTERM)
         return _wait(ranks)
@@ -145,13 +151,6 @@ def new_attempt(log_folder: Path) -> Path:
     aside.symlink_to(attempt.name)
     os.replace(aside, log_folder / "latest")
     return attempt
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:

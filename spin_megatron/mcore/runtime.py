@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 Group = dist.ProcessGroup
 DeviceKind = Literal["cpu", "cuda"]
+# launch/local.py sets it: the descriptor in rank 0 of a socket that listens already.
+_MEETING_SOCKET = "SPIN_MEGATRON_MEETING_SOCKET"
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,15 @@ def _start_torch_distributed(rank: int, world_size: int, device: torch.device, t
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise ValueError(f"{name} is not set, but WORLD_SIZE={world_size}; start the ranks with spin-megatron, torchrun or srun.")
-    dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
+    listening = os.environ.pop(_MEETING_SOCKET, None)
+    if listening is None:
+        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, world_size, rank == 0, timeout, master_listen_fd=int(listening) if rank == 0 else None
+    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _start_megatron(

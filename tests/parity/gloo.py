@@ -11,13 +11,15 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
-import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+import torch.distributed as dist
 
 GRACE_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -41,8 +43,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     Raises:
         RankFailure: a rank failed or the time ran out.
     """
+    with meeting_ports(1) as (port,):
+        return _run_ranks(function, world_size, args, port, timeout)
+
+
+def _run_ranks(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], port: int, timeout: float) -> list[Any]:
     context = multiprocessing.get_context("spawn")
-    port = free_port()
     processes: list[BaseProcess] = []
     pipes: list[multiprocessing.connection.Connection] = []
     for rank in range(world_size):
@@ -85,6 +91,7 @@ def _rank_main(
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # another process serves the store: rank 0 must not
         OMP_NUM_THREADS="1",
     )
     if sys.platform.startswith("linux"):
@@ -126,9 +133,11 @@ def _collect(processes: list[BaseProcess], pipes: list[multiprocessing.connectio
     return [outcomes.get(rank, missing) for rank in range(len(pipes))]
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nothing listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+@contextmanager
+def meeting_ports(count: int) -> Iterator[list[int]]:
+    """Ports of `count` stores that this process serves. Each is good for one start of the ranks' process groups.
+
+    The system chose the ports when the stores bound them, so no other process can take one before the ranks come.
+    """
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(count)]
+    yield [store.port for store in stores]

@@ -29,9 +29,9 @@ from spin_megatron.mcore.model import build_model
 from spin_megatron.mcore.optimizer import UpdateRule
 from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
-from tests.parity.gloo import run_ranks
+from tests.parity.gloo import meeting_ports, run_ranks
 from tests.parity.tiny_models import MODELS, make_tiny_model
-from tests.parity.updates import Bench, make_bench, make_steps, numbers_of, ports_for, weight_bits
+from tests.parity.updates import Bench, make_bench, make_steps, numbers_of, weight_bits
 
 ADAMW, RMSPROP = UpdateRule("adamw", weight_decay=0.1), UpdateRule("rmsprop")
 RECIPE = {"optimizer.learning_rate": 1e-3, "input.pairs": "abc"}
@@ -123,7 +123,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def saved(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder with every case's checkpoint, and what each rank saw."""
     root = tmp_path_factory.mktemp("saved")
-    return root, run_ranks(_save_and_go_on, WORLD, models, root, ports_for(len(CASES)), timeout=500)
+    with meeting_ports(len(CASES)) as ports:
+        return root, run_ranks(_save_and_go_on, WORLD, models, root, ports, timeout=500)
 
 
 @pytest.mark.timeout(600)
@@ -141,7 +142,8 @@ def test_a_reload_at_another_layout_goes_on_with_the_same_numbers(
     models: dict[str, Path], saved: tuple[Path, list[dict[str, Any]]]
 ) -> None:
     root, by_rank = saved
-    found = run_ranks(_go_on_elsewhere, WORLD, models, root, ports_for(len(ELSEWHERE)), timeout=500)[0]
+    with meeting_ports(len(ELSEWHERE)) as ports:
+        found = run_ranks(_go_on_elsewhere, WORLD, models, root, ports, timeout=500)[0]
     for (name, layout, _), steps in zip(ELSEWHERE, found, strict=True):
         wanted = by_rank[0][name][0][0]
         for step, expected in zip(steps, wanted, strict=True):

@@ -14,7 +14,7 @@ from spin_megatron.convert.saved_checkpoint import SavedCheckpoint
 from spin_megatron.convert.torch_dist import hf_to_torch_dist, torch_dist_to_hf
 from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.plan.shape import Family, ModelShape, ParallelLayout
-from tests.parity.gloo import free_port, run_ranks
+from tests.parity.gloo import meeting_ports, run_ranks
 from tests.unit.tiny_models import LLAMA3_SCALING, tiny_shape, write_model
 
 WORLD = 4
@@ -106,8 +106,9 @@ def _on_every_layout(cases: list[Case], ports: list[int]) -> dict[str, list[str]
 def test_megatron_core_loads_the_conversion_and_its_own_save_converts_back_bit_for_bit(tmp_path: Path, expert: bool) -> None:
     families: list[tuple[Family, bool]] = [("mixtral", False), ("qwen3_moe", True)] if expert else [("llama", False), ("qwen2", True)]
     cases = [_case(tmp_path, family, tied=tied) for family, tied in families]
-    ports = [free_port() for case in cases for _ in case.layouts]
-    for rank, found in enumerate(run_ranks(_on_every_layout, WORLD, cases, ports, timeout=280)):
+    with meeting_ports(sum(len(case.layouts) for case in cases)) as ports:
+        by_rank = run_ranks(_on_every_layout, WORLD, cases, ports, timeout=280)
+    for rank, found in enumerate(by_rank):
         for where, different in found.items():
             assert different == [], f"rank {rank}, {where}: {different}"
     for case in cases:

@@ -17,7 +17,7 @@ from spin_megatron.mcore import runtime as runtime_module
 from spin_megatron.mcore.cpu_shim import PATCHES, megatron_on_cpu
 from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
-from tests.parity.gloo import free_port, run_ranks
+from tests.parity.gloo import meeting_ports, run_ranks
 from tests.parity.tiny_models import make_pairs, make_tiny_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where a GPU is at hand, nothing fails without the patches")
@@ -135,7 +135,9 @@ def _needs_two_stages(folder: Path, ports: list[int]) -> dict[str, str]:
 
 def test_a_pipeline_with_tied_embeddings_needs_the_other_two(tmp_path: Path) -> None:
     folder = make_tiny_model("qwen2_tied", tmp_path / "model")
-    for by_name in run_ranks(_needs_two_stages, 2, folder, [free_port() for _ in range(3)], timeout=200):
+    with meeting_ports(3) as ports:
+        found = run_ranks(_needs_two_stages, 2, folder, ports, timeout=200)
+    for by_name in found:
         assert by_name["Tensor.cuda"]
         assert by_name["synchronize"]
         assert by_name["none"] == ""

@@ -13,7 +13,7 @@ from spin_megatron.data.batches import make_batch
 from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.objective.logprobs import sequence_sums
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
-from tests.parity.gloo import free_port, run_ranks
+from tests.parity.gloo import meeting_ports, run_ranks
 from tests.parity.tiny_models import EXPERT_MODELS, MODELS, huggingface_logits, make_pairs, make_tiny_model, response_logps
 
 WORLD = 8  # one set of processes runs all layouts; what a layout does not need is data parallel
@@ -122,7 +122,8 @@ def test_log_probs_and_logits_equal_transformers_for_every_family_and_layout(tmp
         expected_sums[name] = [float(response_logps(part, *sequence).sum()) for part, sequence in zip(logits, sequences, strict=True)]
         assert min(float(part.std()) for part in logits) > 0.8, "too flat a model would hide errors"
 
-    by_layout = run_ranks(_all_layouts, WORLD, references, [free_port() for _ in LAYOUTS], timeout=500)[0]
+    with meeting_ports(len(LAYOUTS)) as ports:
+        by_layout = run_ranks(_all_layouts, WORLD, references, ports, timeout=500)[0]
 
     for (layout, names), found in zip(LAYOUTS, by_layout, strict=True):
         assert set(found) == set(names)

@@ -15,7 +15,7 @@ from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.objective.logprobs import sequence_sums
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.run.records import SpinPair
-from tests.parity.gloo import free_port, run_ranks
+from tests.parity.gloo import meeting_ports, run_ranks
 from tests.parity.tiny_models import make_pairs, make_tiny_model
 
 PAIRS = make_pairs(seed=3, num_pairs=4)
@@ -137,7 +137,8 @@ def test_packing_sharing_and_recompute_change_nothing_in_one_process(family: str
 def test_packing_sharing_and_recompute_change_nothing_over_tensor_and_pipeline_ranks(tmp_path: Path) -> None:
     folder = make_tiny_model("qwen3_tied", tmp_path / "model")
     layouts = [ParallelLayout(tensor=2, pipeline=2), ParallelLayout(tensor=2, pipeline=2, sequence=True)]
-    run_ranks(_on_layouts, 4, folder, [free_port() for _ in layouts], layouts, timeout=280)
+    with meeting_ports(len(layouts)) as ports:
+        run_ranks(_on_layouts, 4, folder, ports, layouts, timeout=280)
 
 
 def test_swapping_real_and_generated_swaps_their_log_probs(tmp_path: Path) -> None:

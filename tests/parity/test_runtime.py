@@ -11,7 +11,7 @@ import torch.distributed as dist
 from spin_megatron.mcore.cpu_shim import PATCHES, megatron_on_cpu
 from spin_megatron.mcore.runtime import Runtime, running, start_runtime
 from spin_megatron.plan.shape import ParallelLayout
-from tests.parity.gloo import free_port, run_ranks
+from tests.parity.gloo import meeting_ports, run_ranks
 
 
 def _sum_over(group: dist.ProcessGroup, value: int) -> int:
@@ -35,7 +35,8 @@ def _coordinates(layouts: list[ParallelLayout], ports: list[int]) -> list[list[i
 
 def test_ranks_are_laid_out_tensor_first_then_data_then_pipeline() -> None:
     layouts = [ParallelLayout(tensor=2, data=2), ParallelLayout(data=2, pipeline=2)]
-    by_rank = run_ranks(_coordinates, 4, layouts, [free_port() for _ in layouts], timeout=200)
+    with meeting_ports(len(layouts)) as ports:
+        by_rank = run_ranks(_coordinates, 4, layouts, ports, timeout=200)
     # (tensor, data, pipeline) rank; members of the tensor, data, pipeline and model group as sums of 2**rank; holds the loss
     assert [found[0] for found in by_rank] == [
         [0, 0, 0, 0b0011, 0b0101, 0b0001, 0b0011, True],

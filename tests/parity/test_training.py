@@ -14,9 +14,9 @@ from spin_megatron.mcore.optimizer_state import slots
 from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.mcore.training import Objective, train_step
 from spin_megatron.plan.shape import ParallelLayout
-from tests.parity.gloo import run_ranks
+from tests.parity.gloo import meeting_ports, run_ranks
 from tests.parity.tiny_models import make_tiny_model
-from tests.parity.updates import LEARNING_RATE, Bench, make_bench, make_steps, numbers_of, packed_pairs, ports_for, weight_bits
+from tests.parity.updates import LEARNING_RATE, Bench, make_bench, make_steps, numbers_of, packed_pairs, weight_bits
 
 ADAMW = UpdateRule("adamw", weight_decay=0.1, max_grad_norm=1.0)
 RMSPROP = UpdateRule("rmsprop")
@@ -91,7 +91,8 @@ def test_loss_and_gradient_norm_equal_one_process_on_every_layout(models: dict[s
         for model, folder in models.items():
             bench = make_bench(folder, replace(MODELS[model][-1], epsilon=LAYOUT_EPSILON), runtime)
             expected[model] = numbers_of(make_steps(bench, range(NUM_STEPS)))
-    results = run_ranks(_all_layouts, WORLD, models, ports_for(len(CASES)), timeout=500)
+    with meeting_ports(len(CASES)) as ports:
+        results = run_ranks(_all_layouts, WORLD, models, ports, timeout=500)
     for (layout, model), steps in results[0].items():
         # Summed in another order: 1e-7 a step.
         for number, (found, wanted) in enumerate(zip(steps, expected[model], strict=True)):

@@ -1,8 +1,6 @@
 """What the tests of training and of its checkpoints share: a tiny model in training on a few fixed steps."""
 
 import hashlib
-import random
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +21,6 @@ from tests.parity.tiny_models import make_pairs
 PACK_TOKENS = 96
 PACKS_PER_STEP = 4  # divides among 1, 2 and 4 data-parallel ranks
 LEARNING_RATE = 1e-3
-
-
-def ports_for(count: int) -> list[int]:
-    """Ports to meet at one after the other. Below the ephemeral range: one of there that is free now may serve a connection of an
-    earlier layout when its turn comes."""
-    found: list[int] = []
-    draw = random.SystemRandom()
-    while len(found) < count:
-        port = draw.randrange(12_000, 32_000)
-        with socket.socket() as probe:
-            if port not in found and probe.connect_ex(("127.0.0.1", port)) != 0:
-                found.append(port)
-    return found
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,25 @@ def test_all_ranks_done_is_zero_and_each_has_its_coordinates(monkeypatch: pytest
     assert [(tmp_path / f"env{rank}").read_text() for rank in (0, 1)] == ["0 2 0 127.0.0.1 1", "1 2 1 127.0.0.1 1"]
 
 
+@pytest.mark.timeout(90)
+def test_the_port_the_ranks_meet_at_is_never_free_to_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    body = """
+    import socket
+    address = ("127.0.0.1", int(os.environ["MASTER_PORT"]))
+    try:
+        socket.create_server(address)
+    except OSError as error:
+        (out / f"taken{rank}").write_text(str(error))
+    from spin_megatron.mcore.runtime import running
+    from spin_megatron.plan.shape import ParallelLayout
+    with running(ParallelLayout(data=2), device="cpu", seed=1) as runtime:
+        (out / f"met{rank}").write_text(f"{runtime.data_rank} {os.environ.get('SPIN_MEGATRON_MEETING_SOCKET')}")
+    """
+    assert launch(monkeypatch, tmp_path, body) == 0
+    assert [(tmp_path / f"met{rank}").read_text() for rank in (0, 1)] == ["0 None", "1 None"], "rank 0 took the socket"
+    assert all("in use" in (tmp_path / f"taken{rank}").read_text() for rank in (0, 1))
+
+
 def test_a_failing_rank_ends_the_others_and_its_code_is_returned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started = time.monotonic()
     assert launch(monkeypatch, tmp_path, "sys.exit(7) if rank == 1 else time.sleep(60)") == 7
