@@ -36,7 +36,7 @@ class RunSection(Section):
 class ModelSection(Section):
     """[model]: theta_0."""
 
-    path: str = Field(description="folder of a Hugging Face checkpoint (relative to the config file), or a hub name")
+    path: str = Field(description="a Hugging Face folder or a converted torch_dist one (relative to the config file), or a hub name")
     revision: str | None = Field(None, description="hub commit; required for a hub name")
 
 

@@ -9,9 +9,9 @@ from spin_megatron.convert.hf_io import HfFolder, check_tensors, read_header
 from spin_megatron.convert.safetensors_writer import DTYPE_NAMES, SINGLE_NAME
 from spin_megatron.convert.safetensors_writer import INDEX_NAME as HUGGINGFACE_INDEX_NAME
 from spin_megatron.convert.saved_checkpoint import COMMIT_NAME, INDEX_NAME, SavedCheckpoint, SavedTensor, is_vouched_for
-from spin_megatron.convert.torch_dist import SOURCE_FOLDER, StoredWeights, source_dtypes
+from spin_megatron.convert.torch_dist import StoredWeights, source_dtypes
 from spin_megatron.convert.work_folder import STATE_NAME
-from spin_megatron.plan.shape import ModelShape
+from spin_megatron.plan.shape import SOURCE_FOLDER, ModelShape
 from spin_megatron.run.manifest import read_manifest
 
 

@@ -28,7 +28,7 @@ from spin_megatron.convert.safetensors_writer import PlannedFile, PlannedTensor,
 from spin_megatron.convert.saved_checkpoint import COMMIT_NAME, INDEX_NAME, SavedCheckpoint, SavedTensor
 from spin_megatron.convert.torch_dist_writer import FilePlan, Piece, TorchDistWriter, no_archive_checksums
 from spin_megatron.convert.work_folder import begin, default_workers, finish, metered, over_files
-from spin_megatron.plan.shape import ModelShape
+from spin_megatron.plan.shape import SOURCE_FOLDER, ModelShape
 from spin_megatron.run.manifest import (
     Manifest,
     atomic_path,
@@ -45,8 +45,6 @@ PIECE_BYTES = 64 * 2**20
 # torch_dist files are only ever read by programs; Hugging Face's are what a hub shows.
 TORCH_DIST_FILE_BYTES = 2_000_000_000
 HUGGINGFACE_FILE_BYTES = 5_000_000_000
-# Where a converted checkpoint keeps config, tokenizer and tensor names of its source, for the way back.
-SOURCE_FOLDER = "huggingface"
 TENSORS_NAME = "tensors.json"
 COMMON_NAME = "common.pt"
 SavedDtype = Literal["stored", "source", "float32", "bfloat16", "float16"]
@@ -362,4 +360,3 @@ def _fits(found: SavedTensor, stack: Sequence[int], entry: Parameter) -> bool:
     if entry.kind == "vocab":  # padded to a multiple of the tensor ranks that saved it
         return len(found.shape) == 2 and found.shape[0] >= expected[0] and found.shape[1] == expected[1]
     return found.shape == expected
-

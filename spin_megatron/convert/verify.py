@@ -9,9 +9,9 @@ from torch import Tensor
 from spin_megatron.convert.hf_io import HfFolder, is_carried
 from spin_megatron.convert.read_ahead import ahead
 from spin_megatron.convert.saved_checkpoint import SavedCheckpoint
-from spin_megatron.convert.torch_dist import SOURCE_FOLDER, Band, SavedDtype, StoredWeights, source_dtypes
+from spin_megatron.convert.torch_dist import Band, SavedDtype, StoredWeights, source_dtypes
 from spin_megatron.convert.work_folder import default_workers, metered, over_files
-from spin_megatron.plan.shape import ModelShape
+from spin_megatron.plan.shape import SOURCE_FOLDER, ModelShape
 
 
 def open_weights(checkpoint: Path, source: Path | None, *, dtype: SavedDtype = "stored", trust: bool = False) -> StoredWeights:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+# Where a converted checkpoint keeps config, tokenizer and tensor names of its source, for the way back.
+SOURCE_FOLDER = "huggingface"
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
 
 ARCHITECTURES: dict[Family, str] = {
@@ -39,6 +41,12 @@ class RopeScaling:
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_positions: int | None = None
+
+
+def model_folder(path: Path) -> Path:
+    """Where config.json and the tokenizer of a model lie: its Hugging Face folder, or what a converted checkpoint keeps of it."""
+    is_checkpoint = not (path / "config.json").exists() and (path / SOURCE_FOLDER / "config.json").exists()
+    return path / SOURCE_FOLDER if is_checkpoint else path
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,12 @@ class ModelShape:
 
     @classmethod
     def from_huggingface(cls, folder: Path) -> "ModelShape":
-        """Read a Hugging Face model folder's config.json.
+        """Read the config.json of a Hugging Face model folder, or of a checkpoint that was converted from one.
 
         Raises:
             ValueError: no or broken config.json, an unknown architecture, or a setting this project does not compute.
         """
-        path = Path(folder) / "config.json"
+        path = model_folder(Path(folder)) / "config.json"
         if not path.is_file():
             raise ValueError(f"{path} does not exist; give a Hugging Face model folder (config.json and *.safetensors).")
         try:

@@ -1,8 +1,8 @@
 """export: theta_t as a Hugging Face folder, the hand-over between iterations.
 
 theta_0 is the base model: a folder of links to it, once its config, tensor names and shapes are found to be ones we
-compute. theta_t of t > 0 is written from the final weights of train t-1, reloaded with transformers and compared with the
-log-probabilities that train recorded.
+compute; or, of a converted torch_dist checkpoint, its weights as a Hugging Face folder. theta_t of t > 0 is written from the
+final weights of train t-1, reloaded with transformers and compared with the log-probabilities that train recorded.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import Any
 from spin_megatron.convert.hf_io import HfFolder, check_tensors, model_card
 from spin_megatron.convert.torch_dist import torch_dist_to_hf
 from spin_megatron.plan.precision import PrecisionName
-from spin_megatron.plan.shape import ModelShape
+from spin_megatron.plan.shape import ModelShape, model_folder
 from spin_megatron.run.manifest import MANIFEST_NAME, write_text
 from spin_megatron.run.records import ReferenceScore, SpinPair, read_rows
 from spin_megatron.stages.context import StageContext, StageOutput
@@ -29,15 +29,18 @@ FP8_PROBE_TOLERANCE_NATS = 0.5
 def run(context: StageContext) -> StageOutput:
     """Make theta_{context.iteration}."""
     folder = context.layout.theta(context.iteration)
-    summary = _link_base_model(context, folder) if context.iteration == 0 else _write_trained_model(context, folder)
+    summary = _take_base_model(context, folder) if context.iteration == 0 else _write_trained_model(context, folder)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return StageOutput(files=dict.fromkeys(files), summary=summary)
 
 
-def _link_base_model(context: StageContext, folder: Path) -> dict[str, Any]:
+def _take_base_model(context: StageContext, folder: Path) -> dict[str, Any]:
     source = _base_folder(context.config.model.path, context.config.model.revision)
     shape = ModelShape.from_huggingface(source)
     context.config.parallel.layout().check(shape)
+    if model_folder(source) != source:
+        torch_dist_to_hf(source, None, folder, show=context.show)
+        return {"source": str(source), "family": shape.family}
     check_tensors(HfFolder(source), shape)
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):

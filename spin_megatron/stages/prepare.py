@@ -19,6 +19,7 @@ from spin_megatron.data.render import Limits, Remark, Rendered, Renderer
 from spin_megatron.data.selection import CleanExamples, Selection, clean, in_split_order, select
 from spin_megatron.data.sources import load_examples
 from spin_megatron.generation.engine import eos_token_ids
+from spin_megatron.plan.shape import model_folder
 from spin_megatron.run.manifest import write_json
 from spin_megatron.run.records import PromptRow, SftExample, write_rows
 from spin_megatron.run.telemetry import progress_bar
@@ -65,7 +66,7 @@ def preview(config: RunConfig) -> tuple[str, str]:
     Raises:
         ValueError: a row breaks, the tokenizer has no chat template, or none of the first rows can be used.
     """
-    data, folder = config.data, Path(config.model.path)
+    data, folder = config.data, model_folder(Path(config.model.path))
     examples = load_examples(
         data.source,
         split=data.split,

@@ -3,11 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from spin_megatron.config_file import load_config
+from spin_megatron.convert.torch_dist import hf_to_torch_dist
+from spin_megatron.launch.loop import check_config
 from spin_megatron.pipeline import StageRef, execute
+from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest, verify_outputs, write_text
+from spin_megatron.stages.prepare import preview
 from tests.tiny_run import make_tiny_run
 
 
@@ -26,6 +32,23 @@ def test_a_theta_of_another_run_can_be_the_base_model(tmp_path: Path) -> None:
     assert "model.safetensors" in [output.path for output in manifest.outputs]
     assert verify_outputs(layout.theta(0), manifest, digests=True) == []
     assert (tmp_path / "model" / "MANIFEST.json").read_text(encoding="utf-8") == "the other run's"
+
+
+def test_a_converted_checkpoint_can_be_the_base_model(tmp_path: Path) -> None:
+    config_file = make_tiny_run(tmp_path)
+    hf_to_torch_dist(tmp_path / "model", tmp_path / "megatron", show=False)
+    config = load_config(config_file, [f"model.path={tmp_path / 'megatron'}"])
+    check_config(config)
+    assert preview(config) == preview(load_config(config_file))
+    layout = RunLayout(tmp_path / "run")
+    assert execute(config, layout, StageRef("export", 0), rank=0, stop_requested=lambda: False)
+    assert not (layout.theta(0) / "model.safetensors").is_symlink()
+    found, expected = (load_file(folder / "model.safetensors") for folder in (layout.theta(0), tmp_path / "model"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (layout.theta(0) / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    assert ModelShape.from_huggingface(layout.theta(0)) == ModelShape.from_huggingface(tmp_path / "model")
 
 
 def test_a_base_model_that_lacks_a_weight_file_is_refused_by_name(tmp_path: Path) -> None:
