@@ -50,7 +50,7 @@ def configure_logging(log_file: Path | None, *, show: bool = True) -> None:
 
 @contextmanager
 def progress_bar(description: str, total: int, *, done: int = 0, show: bool = True) -> Iterator[Advance]:
-    """A progress bar on standard error; where that is no terminal, a log line at most every 30 seconds instead.
+    """A progress bar on standard error; where that is no terminal, a log line with the time left every 30 seconds.
 
     Args:
         description: what is counted, e.g. "generate (responses)".
@@ -84,13 +84,17 @@ def progress_bar(description: str, total: int, *, done: int = 0, show: bool = Tr
 
 def _log_lines(description: str, total: int, done: int) -> Advance:
     logger = logging.getLogger("spin_megatron.progress")
-    state = {"done": done, "shown_at": time.monotonic()}
+    started = time.monotonic()
+    state = {"done": done, "shown_at": started}
 
     def advance(amount: int = 1, note: str | None = None) -> None:
         state["done"] += amount
-        if state["done"] >= total or time.monotonic() - state["shown_at"] > 30:
-            state["shown_at"] = time.monotonic()
-            logger.info("%s: %d of %d%s", description, state["done"], total, f" ({note})" if note else "")
+        now, moved, left = time.monotonic(), state["done"] - done, total - state["done"]
+        if left <= 0 or now - state["shown_at"] > 30:
+            state["shown_at"] = now
+            notes = [f"{(now - started) / moved * left:.0f} s left"] if moved > 0 and left > 0 else []
+            notes += [note] if note else []
+            logger.info("%s: %d of %d%s", description, state["done"], total, f" ({', '.join(notes)})" if notes else "")
 
     return advance
 

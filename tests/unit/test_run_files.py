@@ -1,5 +1,6 @@
 """Manifests, records and metrics: nothing half-written is taken for done, nothing is lost."""
 
+import io
 import json
 import logging
 import os
@@ -8,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from spin_megatron.run import telemetry
 from spin_megatron.run.manifest import (
     Manifest,
     atomic_path,
@@ -169,3 +172,17 @@ def test_warnings_of_libraries_go_to_the_log_file_and_not_to_the_terminal(tmp_pa
     assert "a library's advice" in log
     assert "our own word" in log
     assert "advice" not in capsys.readouterr().err
+
+
+def test_without_a_terminal_progress_is_logged_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    clock = iter([100.0, 110.0, 140.0, 150.0])
+    monkeypatch.setattr(telemetry.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(telemetry, "console", Console(file=io.StringIO()))
+    monkeypatch.setattr(logging.getLogger("spin_megatron.progress"), "info", lambda text, *values: lines.append(text % values))
+    with telemetry.progress_bar("copy (MB)", 100, done=20) as advance:
+        advance(5)  # after 10 seconds: too soon for a line
+        advance(15, "3/9 tensors, 0.50 GB/s")
+        advance(60)
+    # 20 of 80 in 40 seconds leave 60 at the same rate: 120 seconds.
+    assert lines == ["copy (MB): 40 of 100 (120 s left, 3/9 tensors, 0.50 GB/s)", "copy (MB): 100 of 100"]
