@@ -26,6 +26,7 @@ _STAGE_VERBS = {
     "merge": "join the shards to pairs and plan the packs",
     "train": "train theta_{t+1} against the opponent theta_t",
     "evaluate": "score theta_{t+1} on the held-out pairs",
+    "benchmark": "score theta_{t+1} on one task of lm-evaluation-harness; --shard is its number in evaluate.lm_eval_tasks",
 }
 # Stages that poll for a stop request; the others are short, start over, and simply end on SIGTERM.
 _POLLING = ("generate", "train")
@@ -77,7 +78,7 @@ def build_parser(called: str | None = None) -> argparse.ArgumentParser:
         stage = verbs.add_parser(verb, help=text)
         stage.add_argument("--run-dir", type=Path, required=True)
         stage.add_argument("--iteration", type=int, default=0)
-        if verb == "generate":
+        if verb in ("generate", "benchmark"):
             stage.add_argument("--shard", type=int, default=0)
         _add_overrides(stage)
         _add_rank_options(stage)

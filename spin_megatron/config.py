@@ -15,7 +15,7 @@ from spin_megatron.plan.precision import PRECISIONS, REFUSED, PrecisionName
 from spin_megatron.plan.shape import ParallelLayout
 
 Value = TypeVar("Value")
-StageName = Literal["export", "prepare", "build-engine", "generate", "merge", "train", "evaluate"]
+StageName = Literal["export", "prepare", "build-engine", "generate", "merge", "train", "evaluate", "benchmark"]
 PositiveInt = Field(gt=0)
 
 
@@ -205,7 +205,21 @@ class EvaluateSection(Section):
     max_nll_increase: float = Field(0.1, gt=0, description="nats a token, of the human answers, theta_t to theta_{t+1}")
     max_logp_drop: float = Field(50.0, gt=0, description="nats, mean drop of log p(y) of the human answers")
     max_accuracy: float = Field(0.99, gt=0, le=1, description="held-out accuracy above which the pairs are trivially separable")
-    lm_eval_tasks: list[str] = Field(default_factory=list, description="tasks of lm-evaluation-harness; needs the [eval] extra")
+    lm_eval_tasks: list[str] = Field(default_factory=list, description="tasks of lm-evaluation-harness, a benchmark each; [eval] extra")
+    lm_eval_model_args: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="further arguments of the harness's model, e.g. parallelize = true for several GPUs"
+    )
+    lm_eval_include: str | None = Field(None, description="folder of further task files (YAML), relative to the config file")
+
+
+class StopSection(Section):
+    """[stop]: rules that end a run before run.iterations, judged on each iteration's held-out pairs. They change no stage's result."""
+
+    min_ln2_minus_loss: float | None = Field(
+        None, description="nats; below it theta_{t+1} cannot tell theta_t's answers from human ones: the paper's convergence"
+    )
+    max_nll_increase: float | None = Field(None, description="nats a token, of the human answers, theta_t to theta_{t+1}")
+    max_logp_drop: float | None = Field(None, description="nats, mean drop of log p(y) of the human answers")
 
 
 class LaunchSection(Section):
@@ -216,7 +230,7 @@ class LaunchSection(Section):
 
 
 class SlurmStageSection(Section):
-    """[slurm.stages.NAME]: what one stage asks Slurm for; NAME is export, prepare, build-engine, generate, merge, train or evaluate."""
+    """[slurm.stages.NAME]: what one stage asks Slurm for; NAME is a stage's name, e.g. build-engine."""
 
     nodes: int = Field(1, gt=0)
     ranks_per_node: int = Field(1, gt=0, description="nodes x ranks_per_node is parallel's number of ranks for train and evaluate, else 1")
@@ -225,7 +239,7 @@ class SlurmStageSection(Section):
     memory: str | None = Field(None, description="as sbatch --mem; '0' is all of a node")
     time: str = Field("01:00:00", description="as sbatch --time")
     partition: str | None = Field(None, description="absent: [slurm] partition")
-    max_parallel: int = Field(8, gt=0, description="elements of the generate array that run at a time")
+    max_parallel: int = Field(8, gt=0, description="elements of the generate or benchmark array that run at a time")
     slots: int = Field(4, gt=0, description="length of the train array: each element goes on from the newest checkpoint")
     options: list[str] = Field(default_factory=list, description='further sbatch options, e.g. ["--constraint=h100"]')
 
@@ -277,6 +291,7 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     parallel: ParallelSection = ParallelSection()
     evaluate: EvaluateSection = EvaluateSection()
+    stop: StopSection = StopSection()
     launch: LaunchSection = LaunchSection()
     slurm: SlurmSection = SlurmSection()
 

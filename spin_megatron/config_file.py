@@ -29,7 +29,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"{path} is not TOML: {error}.") from error
     for override in overrides:
         apply_override(values, override)
-    for section, key in (("model", "path"), ("data", "source")):
+    for section, key in (("model", "path"), ("data", "source"), ("evaluate", "lm_eval_include")):
         _make_absolute(values, section, key, path.parent)
     return validate_config(values, origin=str(path))
 

@@ -1,6 +1,7 @@
 """The line of stages: what each needs and makes, whether it must run, and the manifests that say it is done.
 
-    export theta_0 -> prepare -> for each t: build-engine -> generate shards -> merge -> train -> export theta_{t+1} -> evaluate
+    export theta_0 -> prepare
+    for each t: build-engine -> generate shards -> merge -> train -> export theta_{t+1} -> evaluate -> benchmarks
 
 A stage is done exactly when its manifest exists. This module is the only writer of manifests. It imports no torch:
 a stage's module is imported when the stage runs.
@@ -10,13 +11,13 @@ import importlib
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from spin_megatron.config import PER_ITERATION, RunConfig, StageName, flat_settings
+from spin_megatron.config import PER_ITERATION, RunConfig, StageName, StopSection, flat_settings
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held, is_held
@@ -32,7 +33,7 @@ SOURCE_INPUT = "data.source (content)"
 
 @dataclass(frozen=True)
 class StageRef:
-    """One stage of one iteration. For export, iteration is that of the theta it makes."""
+    """One stage of one iteration. For export, iteration is that of the theta it makes; shard is the task's number for benchmark."""
 
     name: StageName
     iteration: int = 0
@@ -76,6 +77,8 @@ def _merge_needs(config: RunConfig, iteration: int) -> tuple[StageRef, ...]:
 
 
 _ENGINE_SETTINGS = ("generate.engine", "generate.dtype", "generate.options", "data.max_prompt_tokens", "data.max_response_tokens")
+
+_HARNESS_SETTINGS = ("evaluate.lm_eval_tasks", "evaluate.lm_eval_model_args", "evaluate.lm_eval_include")
 
 STAGES: dict[StageName, Stage] = {
     "export": Stage(
@@ -127,7 +130,14 @@ STAGES: dict[StageName, Stage] = {
         ("objective", "evaluate", "train.precision", "train.num_bf16_end_layers"),
         lambda layout, ref: layout.evaluate(ref.iteration),
         lambda config, t: (StageRef("merge", t), StageRef("train", t), StageRef("export", t + 1)),
+        ignored=_HARNESS_SETTINGS,
         distributed=True,
+    ),
+    "benchmark": Stage(
+        "benchmark",
+        (*_HARNESS_SETTINGS, "train.dtype"),
+        lambda layout, ref: layout.benchmark(ref.iteration, ref.shard or 0),
+        lambda config, t: (StageRef("export", t + 1),),
     ),
 }
 
@@ -139,7 +149,56 @@ def line(config: RunConfig) -> list[StageRef]:
         refs.append(StageRef("build-engine", t))
         refs += [StageRef("generate", t, shard) for shard in range(config.generate.num_shards)]
         refs += [StageRef("merge", t), StageRef("train", t), StageRef("export", t + 1), StageRef("evaluate", t)]
+        refs += [StageRef("benchmark", t, task) for task in range(len(config.evaluate.lm_eval_tasks))]
     return refs
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """The iteration after which a rule of [stop] ended the run, and why."""
+
+    iteration: int
+    reason: str
+
+
+def early_stop(config: RunConfig, layout: RunLayout) -> EarlyStop | None:
+    """The first iteration whose evaluation fires a rule of [stop]; None while none did."""
+    if config.stop == StopSection():
+        return None
+    for t in range(config.run.iterations):
+        manifest = manifests.read_manifest(layout.evaluate(t))
+        if manifest is None:
+            return None
+        reason = _fired(config.stop, manifest.summary)
+        if reason is not None:
+            return EarlyStop(t, f"after iteration {t}: {reason}")
+    return None
+
+
+def _fired(rules: StopSection, numbers: Mapping[str, Any]) -> str | None:
+    """The rule that an evaluation's numbers fire, in words; a number that is not finite fires its rule."""
+    increase, drop = numbers["nll_real"] - numbers["nll_real_reference"], -numbers["logp_real_drift"]
+    gain, least = numbers["ln2_minus_loss"], rules.min_ln2_minus_loss
+    if least is not None and not gain >= least:
+        return f"ln 2 - held-out loss = {gain:.4g} is below stop.min_ln2_minus_loss={least}: the opponent's answers pass for human ones"
+    if rules.max_nll_increase is not None and not increase <= rules.max_nll_increase:
+        return f"the NLL of the human answers rose by {increase:.4g} nats a token, beyond stop.max_nll_increase={rules.max_nll_increase}"
+    if rules.max_logp_drop is not None and not drop <= rules.max_logp_drop:
+        return f"log p(y) of the human answers fell by {drop:.4g} nats an answer, beyond stop.max_logp_drop={rules.max_logp_drop}"
+    return None
+
+
+def missing_stages(config: RunConfig, layout: RunLayout) -> list[StageRef]:
+    """The stages that are not done, up to where a rule of [stop] ended the run, if one did."""
+    stop = early_stop(config, layout)
+    wanted = [ref for ref in line(config) if stop is None or made_in(ref) <= stop.iteration]
+    return [ref for ref in wanted if manifests.read_manifest(folder_of(layout, ref)) is None]
+
+
+def newest_theta(config: RunConfig, layout: RunLayout) -> int:
+    """The number of the theta that the run ends with, as far as is known now."""
+    stop = early_stop(config, layout)
+    return config.run.iterations if stop is None else stop.iteration + 1
 
 
 def folder_of(layout: RunLayout, ref: StageRef) -> Path:
@@ -167,6 +226,8 @@ def settings_of(config: RunConfig, ref: StageRef) -> dict[str, Any]:
         wanted = any(name == setting or name.startswith(f"{setting}.") for setting in stage.settings)
         if wanted and name not in stage.ignored:
             chosen[name] = getattr(scalars, name.partition(".")[2]) if name in PER_ITERATION else value
+    if ref.name == "benchmark":  # of its own task alone
+        chosen["evaluate.lm_eval_tasks"] = config.evaluate.lm_eval_tasks[ref.shard or 0]
     if ref.name == "export" and ref.iteration:
         # A trained theta is what train wrote; the base model's address decides theta_0 alone.
         return {name: value for name, value in chosen.items() if not name.startswith("model.")}

@@ -15,7 +15,7 @@ from spin_megatron.config_file import apply_override, load_config, validate_conf
 from spin_megatron.generation.engine import EXTERNAL, Environment, provider
 from spin_megatron.launch.gpus import pool_for
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
-from spin_megatron.pipeline import STAGES, StageRef, folder_of, line, log_folder, made_in, redo, require_current
+from spin_megatron.pipeline import STAGES, StageRef, early_stop, folder_of, line, log_folder, made_in, redo, require_current
 from spin_megatron.plan.command import check_config_fits
 from spin_megatron.plan.hardware import find_gpu
 from spin_megatron.plan.precision import PRECISIONS, check_capability, check_precision
@@ -27,7 +27,7 @@ from spin_megatron.run.telemetry import progress_bar
 logger = logging.getLogger(__name__)
 
 # A started run may be moved to another layout or machine: these sections and settings decide how, not what.
-CHANGEABLE = ("parallel", "launch", "slurm", "quality", "generate.environment")
+CHANGEABLE = ("parallel", "launch", "slurm", "quality", "stop", "generate.environment")
 BAR_SECONDS = 1.0
 _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped and saved its state"}
 
@@ -120,16 +120,20 @@ def _check_addresses(config: RunConfig) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Start a run, or go on with it, until every stage is done."""
+    """Start a run, or go on with it, until every stage is done or a rule of [stop] ends it."""
     config, layout = open_or_start(arguments)
+    remember_changes(config, layout)
     if arguments.redo:
         for ref in redo(config, layout, _parse_ref(arguments.redo)):
             logger.info("moved aside: %s", ref)
     refs = line(config)
     with Launcher() as launcher:
         for number, ref in enumerate(refs, start=1):
-            if ref.name == "generate" and ref.shard:
+            if ref.shard:
                 continue  # its siblings started with shard 0
+            if (stop := early_stop(config, layout)) is not None and made_in(ref) > stop.iteration:
+                logger.info("the run is stopped %s", stop.reason)
+                break
             group = [other for other in refs if (other.name, other.iteration) == (ref.name, ref.iteration)]
             code = _run_group(launcher, config, layout, group, f"[{number}/{len(refs)}]")
             if code != DONE:
@@ -141,7 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_group(launcher: Launcher, config: RunConfig, layout: RunLayout, group: list[StageRef], position: str) -> int:
-    """Run one stage, or all shards of generate, some at a time."""
+    """Run one stage, all shards of generate (some at a time), or all benchmarks (one at a time)."""
     missing = []
     for ref in group:
         manifest = manifests.read_manifest(folder_of(layout, ref))
@@ -153,10 +157,10 @@ def _run_group(launcher: Launcher, config: RunConfig, layout: RunLayout, group: 
         logger.info("%s %s: done before", position, group[0])
         return DONE
     logger.info("%s %s", position, ", ".join(str(ref) for ref in missing))
-    if len(missing) == 1:
-        codes = [launch_stage(launcher, config, layout, missing[0])]
-    else:
+    if len(missing) > 1 and group[0].name == "generate":
         codes = _run_shards(launcher, config, layout, missing)
+    else:
+        codes = [launch_stage(launcher, config, layout, ref) for ref in missing]
     failed = [(ref, code) for ref, code in zip(missing, codes, strict=True) if code != DONE]
     for ref, code in failed:
         log_file = log_folder(layout, ref) / "latest" / "rank_0.log"
@@ -237,21 +241,40 @@ def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, R
 
 
 def changes(config: RunConfig, layout: RunLayout) -> list[str]:
-    """The --set options that make a stage's process see this layout; what Slurm is asked for does not concern it."""
+    """The --set options that make a stage's process see this layout; jobs and the run's end do not concern it."""
     frozen, _ = open_run(layout.root)
     then, now = _changeable_settings(frozen), _changeable_settings(config)
     return [f"{name}={json.dumps(value)}" for name, value in now.items() if value != then[name]]
 
 
 def _changeable_settings(config: RunConfig) -> dict[str, Any]:
-    """What may change and a stage's process has to know, by name; [slurm] is no concern of a stage."""
-    flat = flat_settings(config, [name for name in CHANGEABLE if name not in ("slurm", "generate.environment")])
+    """What may change and a stage's process has to know, by name; [slurm] and [stop] are no concern of a stage."""
+    flat = flat_settings(config, [name for name in CHANGEABLE if name not in ("slurm", "stop", "generate.environment")])
     environment = config.generate.environment.model_dump(mode="json")
     return flat | {f"generate.environment.{name}": value for name, value in environment.items()}
 
 
 def _is_changeable(name: str) -> bool:
     return any(name == changeable or name.startswith(f"{changeable}.") for changeable in CHANGEABLE)
+
+
+def remember_changes(config: RunConfig, layout: RunLayout) -> None:
+    """Keep the sections that may change as this `run` or `submit` has them: for its jobs and for `status`."""
+    values, sections = config.model_dump(mode="json"), dict.fromkeys(name.partition(".")[0] for name in CHANGEABLE)
+    manifests.write_json(layout.changes_json, {section: values[section] for section in sections})
+
+
+def open_as_changed(run_dir: Path) -> tuple[RunConfig, RunLayout]:
+    """A started run with the changeable sections of the last `run` or `submit`.
+
+    Raises:
+        ValueError: no run was started there.
+    """
+    config, layout = open_run(run_dir)
+    if not layout.changes_json.exists():
+        return config, layout
+    values = config.model_dump(mode="json") | json.loads(layout.changes_json.read_text(encoding="utf-8"))
+    return validate_config(values, origin=str(layout.changes_json)), layout
 
 
 def open_or_start(arguments: argparse.Namespace) -> tuple[RunConfig, RunLayout]:
@@ -320,6 +343,8 @@ def require_in_line(config: RunConfig, ref: StageRef) -> None:
         ValueError: its iteration or shard is beyond the run's.
     """
     if ref not in line(config):
-        shards = f" and shards 0 to {config.generate.num_shards - 1}" if ref.name == "generate" else ""
-        iterations = sorted({other.iteration for other in line(config) if other.name == ref.name})
-        raise ValueError(f"this run has no stage {ref}; {ref.name} has iterations {iterations[0]} to {iterations[-1]}{shards}.")
+        same = [other for other in line(config) if other.name == ref.name]
+        if not same:
+            raise ValueError(f"this run has no {ref.name}: evaluate.lm_eval_tasks is empty.")
+        shards = f" and shards 0 to {same[-1].shard}" if same[-1].shard is not None else ""
+        raise ValueError(f"this run has no stage {ref}; {ref.name} has iterations {same[0].iteration} to {same[-1].iteration}{shards}.")

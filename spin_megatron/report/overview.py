@@ -8,7 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_megatron.config import RunConfig
+from spin_megatron.pipeline import early_stop, folder_of, line, newest_theta
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.manifest import read_manifest
 
 # (column, key in evaluate's metrics.json, format)
 EVALUATION_COLUMNS = (
@@ -34,7 +36,8 @@ def print_line(config: RunConfig) -> None:
         table.add_row(str(t), window, f"{scalars.beta:g}", f"{scalars.learning_rate:g}", epochs)
     console = Console()
     console.print(table)
-    console.print("The config is valid. Each iteration runs: build-engine, generate, merge, train, export, evaluate.")
+    more = f", {len(config.evaluate.lm_eval_tasks)} benchmarks" if config.evaluate.lm_eval_tasks else ""
+    console.print(f"The config is valid. Each iteration runs: build-engine, generate, merge, train, export, evaluate{more}.")
 
 
 def print_example(prompt: str, answer: str) -> None:
@@ -70,4 +73,25 @@ def print_iterations(config: RunConfig, layout: RunLayout) -> None:
     console.print(table)
     for warning in warnings:
         console.print(f"[yellow]warning[/yellow] {warning}")
-    console.print(f"The new Hugging Face model: {layout.theta(config.run.iterations)}", soft_wrap=True)
+    if (scores := benchmarks(config, layout)).row_count:
+        console.print(scores)
+    if (stop := early_stop(config, layout)) is not None:
+        console.print(Text(f"stopped {stop.reason}"))
+    console.print(f"The new Hugging Face model: {layout.theta(newest_theta(config, layout))}", soft_wrap=True)
+
+
+def benchmarks(config: RunConfig, layout: RunLayout) -> Table:
+    """The scores of every benchmark that is done."""
+    table = Table(title=f"{config.run.name}: benchmarks")
+    for column in ("theta", "task", "metric", "score", "standard error"):
+        table.add_column(column)
+    for ref in line(config):
+        if ref.name != "benchmark" or (manifest := read_manifest(folder_of(layout, ref))) is None:
+            continue
+        metrics = {name: value for name, value in manifest.summary["metrics"].items() if isinstance(value, int | float)}
+        for name, value in metrics.items():
+            if "_stderr" not in name:
+                error = metrics.get(name.replace(",", "_stderr,", 1))  # the harness's names are metric,filter
+                numbers = (f"{value:.4f}", "" if error is None else f"{error:.4f}")
+                table.add_row(str(ref.iteration + 1), manifest.summary["task"], name, *numbers)
+    return table

@@ -4,6 +4,7 @@ run_dir/ config.toml  run.json  run.lock  slurm/
   data/                       prompts.parquet  held_out.parquet  report.json
   models/theta_0/ theta_1/    Hugging Face folders
   iter_0/ engine/  generate/shard_00000/{part_*.parquet}  pairs/  train/{reference,checkpoints}  evaluate/
+          benchmark/task_00000/
           logs/<stage>/attempt_1/rank_0.log   slurm_jobs.json
 """
 
@@ -36,9 +37,13 @@ class RunLayout:
         return self.root / "slurm"
 
     @property
-    def slurm_overrides(self) -> Path:
-        """The --set options the jobs run with."""
-        return self.slurm / "overrides.json"
+    def changes_json(self) -> Path:
+        """The sections that a started run may change, as the last `run` or `submit` had them."""
+        return self.root / "changes.json"
+
+    @property
+    def submit_lock(self) -> Path:
+        return self.slurm / "submit.lock"
 
     @property
     def slurm_progress(self) -> Path:
@@ -158,6 +163,13 @@ class RunLayout:
 
     def evaluation(self, iteration: int) -> Path:
         return self.evaluate(iteration) / "metrics.json"
+
+    def benchmark(self, iteration: int, task: int) -> Path:
+        """task: its number in evaluate.lm_eval_tasks."""
+        return self.iteration(iteration) / "benchmark" / f"task_{task:05d}"
+
+    def benchmark_result(self, iteration: int, task: int) -> Path:
+        return self.benchmark(iteration, task) / "results.json"
 
     def logs(self, stage: str, iteration: int, shard: int | None = None) -> Path:
         """Folder of a stage's attempts."""

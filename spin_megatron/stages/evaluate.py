@@ -28,7 +28,6 @@ from spin_megatron.run.manifest import write_json
 from spin_megatron.run.records import ReferenceScore, read_rows
 from spin_megatron.run.telemetry import progress_bar
 from spin_megatron.stages.context import StageContext, StageOutput
-from spin_megatron.stages.harness import harness_version, run_harness
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +35,6 @@ logger = logging.getLogger(__name__)
 def run(context: StageContext) -> StageOutput:
     """Evaluate theta_{context.iteration + 1}; every rank calls it."""
     layout, t, config = context.layout, context.iteration, context.config
-    if config.evaluate.lm_eval_tasks:
-        harness_version()  # fails here rather than after the scoring
     scores = _score_held_out(context)
     if scores is None:
         return StageOutput(files={})
@@ -48,8 +45,6 @@ def run(context: StageContext) -> StageOutput:
     for warning in warnings:
         logger.warning("theta_%d: %s", t + 1, warning)
     result: dict[str, Any] = {"theta": t + 1, "objective": objective.loss, "beta": beta, **metrics, "warnings": warnings}
-    if config.evaluate.lm_eval_tasks:
-        result["lm_eval"] = run_harness(layout.theta(t + 1), config.evaluate.lm_eval_tasks, dtype=config.train.dtype)
     write_json(layout.evaluation(t), result)
     return StageOutput(files={layout.evaluation(t): None}, summary=result)
 

@@ -1,15 +1,12 @@
-"""The numbers of evaluate by hand, its warnings, and the harness through a stand-in program."""
+"""The numbers of evaluate by hand, and its warnings."""
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 
 from spin_megatron.config import EvaluateSection
 from spin_megatron.run.records import ReferenceScore
-from spin_megatron.stages import harness
 from spin_megatron.stages.evaluate import compare, judge
 
 # Two pairs of 4 + 5 and 1 + 2 tokens. Log-ratios: pair a +1 and -2 (margin 3), pair b -2 and -1 (margin -1).
@@ -78,41 +75,6 @@ def test_each_threshold_warns_by_name(changes: dict[str, float], named: str) -> 
     healthy = compare(REFERENCES, REFERENCES, loss="logistic", beta=BETA)
     (warning,) = judge(healthy | changes, EvaluateSection())
     assert named in warning
-
-
-STAND_IN = """
-import json, sys
-from pathlib import Path
-arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-assert json.loads(arguments["--model_args"]) == {"pretrained": "a,b/theta_1", "dtype": "float32"}
-assert arguments["--model"] == "hf" and arguments["--tasks"] == "arc_easy,gsm8k"
-folder = Path(arguments["--output_path"]) / "theta_1"
-folder.mkdir()
-(folder / "results_2026.json").write_text(json.dumps({"results": {"arc_easy": {"acc,none": 0.5}}, "n-shot": {"arc_easy": 25}}))
-"""
-
-
-def test_the_harness_is_given_model_and_tasks_and_its_results_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "version", lambda package: {"lm-eval": "0.4.9"}[package])
-    found = harness.run_harness(Path("a,b/theta_1"), ["arc_easy", "gsm8k"], dtype="float32", program=(sys.executable, "-c", STAND_IN))
-    assert found == {"version": "0.4.9", "results": {"arc_easy": {"acc,none": 0.5}}, "num_fewshot": {"arc_easy": 25}}
-
-
-def test_a_harness_that_fails_is_an_error_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "version", lambda package: "0.4.9")
-    program = (sys.executable, "-c", "import sys; sys.exit('Tasks were not found: arc_eazy')")
-    with pytest.raises(ValueError, match=r"(?s)evaluate\.lm_eval_tasks=\['arc_eazy'\].*Tasks were not found"):
-        harness.run_harness(Path("theta_1"), ["arc_eazy"], dtype="float32", program=program)
-
-
-def test_a_missing_harness_names_the_extra() -> None:
-    try:
-        harness.version("lm-eval")
-    except harness.PackageNotFoundError:
-        with pytest.raises(ValueError, match=r"pip install 'spin-megatron\[eval\]'"):
-            harness.harness_version()
-    else:
-        pytest.skip("lm-evaluation-harness is installed here")
 
 
 def test_results_are_plain_json() -> None:

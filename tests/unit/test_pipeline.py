@@ -1,6 +1,7 @@
 """The stage line: order, keys, and the skip / stale / run decision."""
 
 import json
+import re
 import sys
 import time
 import types
@@ -11,10 +12,24 @@ import pytest
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
-from spin_megatron.pipeline import STAGES, StageRef, execute, folder_of, line, redo, require_current, settings_of, state_of
+from spin_megatron.pipeline import (
+    STAGES,
+    StageRef,
+    early_stop,
+    execute,
+    folder_of,
+    line,
+    made_in,
+    missing_stages,
+    newest_theta,
+    redo,
+    require_current,
+    settings_of,
+    state_of,
+)
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held
-from spin_megatron.run.manifest import StageIncomplete, StaleStage, read_manifest, write_text
+from spin_megatron.run.manifest import Manifest, StageIncomplete, StaleStage, read_manifest, write_manifest, write_text
 from spin_megatron.stages.context import StageContext, StageOutput
 
 CONFIG = '[run]\niterations = 2\n[model]\npath = "org/m"\nrevision = "a"\n[data]\nsource = "org/d"\nrevision = "b"\n'
@@ -91,6 +106,39 @@ def test_settings_are_those_of_the_iteration(config: RunConfig) -> None:
     assert "train.save_every_steps" not in settings_of(config, StageRef("train", 0))
     assert "model.path" in settings_of(config, StageRef("export", 0))
     assert "model.path" not in settings_of(config, StageRef("export", 1))
+
+
+NUMBERS = {"ln2_minus_loss": 0.3, "nll_real": 2.0, "nll_real_reference": 1.9, "logp_real_drift": -3.0}
+
+
+@pytest.mark.parametrize(
+    ("rule", "second", "reason"),
+    [
+        ("stop.min_ln2_minus_loss=0.01", {"ln2_minus_loss": 0.004}, r"ln 2 - held-out loss = 0\.004 is below stop\.min_ln2"),
+        ("stop.max_nll_increase=0.15", {"nll_real": 2.1}, r"rose by 0\.2 nats a token, beyond stop\.max_nll_increase=0\.15"),
+        ("stop.max_logp_drop=5.0", {"logp_real_drift": -7.5}, r"fell by 7\.5 nats an answer, beyond stop\.max_logp_drop=5\.0"),
+        ("stop.max_nll_increase=0.15", {"nll_real": float("nan")}, "nan"),
+    ],
+)
+def test_a_rule_of_stop_ends_the_run_after_the_iteration_that_fires_it(
+    rule: str, second: dict, reason: str, tmp_path: Path, layout: RunLayout
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG, encoding="utf-8")
+    free, config = (load_config(path, ["run.iterations=3", *rules]) for rules in ([], [rule]))
+    for t, numbers in enumerate((NUMBERS, NUMBERS | second)):
+        assert early_stop(config, layout) is None
+        manifest = Manifest("evaluate", t, None, key="", settings={}, inputs={}, outputs=(), summary=numbers)
+        write_manifest(layout.evaluate(t), manifest)
+    stop = early_stop(config, layout)
+    assert stop is not None
+    assert stop.iteration == 1
+    assert re.search(rf"^after iteration 1: .*{reason}", stop.reason)
+    assert newest_theta(config, layout) == 2
+    assert not [ref for ref in missing_stages(config, layout) if made_in(ref) > 1]
+    assert StageRef("merge", 1) in missing_stages(config, layout), "what the iteration lacks is still made"
+    assert early_stop(free, layout) is None
+    assert newest_theta(free, layout) == 3
 
 
 def test_a_rerun_runs_nothing(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:

@@ -1,0 +1,73 @@
+"""`run` and the sections that a started run may change; no stage runs."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from spin_megatron.cli import main
+from spin_megatron.launch import loop
+from spin_megatron.launch.loop import open_as_changed, open_run
+from spin_megatron.pipeline import StageRef, folder_of, made_in
+from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.manifest import Manifest, write_manifest
+
+CONFIG = '[run]\niterations = 3\n[model]\npath = "org/m"\nrevision = "a"\n[data]\nsource = "org/d"\nrevision = "b"\n'
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def finished(monkeypatch: pytest.MonkeyPatch) -> list[StageRef]:
+    """Stages are finished by a manifest alone; the gain of iteration t's evaluation is 0.5 / 10**t. Returns what ran."""
+    done: list[StageRef] = []
+
+    def finish(_launcher: object, _config: object, layout: RunLayout, group: list[StageRef], _position: str) -> int:
+        for ref in group:
+            done.append(ref)
+            numbers = {"ln2_minus_loss": 0.5 / 10**ref.iteration, "nll_real": 2.0, "nll_real_reference": 2.0, "logp_real_drift": 0.0}
+            outcome = Manifest(ref.name, ref.iteration, ref.shard, key="", settings={}, inputs={}, outputs=(), summary=numbers)
+            write_manifest(folder_of(layout, ref), outcome)
+        return 0
+
+    monkeypatch.setattr(loop, "_run_group", finish)
+    monkeypatch.setattr("spin_megatron.report.overview.evaluations", lambda config, layout: {})
+    return done
+
+
+def test_run_ends_after_the_iteration_that_fires_a_rule_and_says_so(
+    config_path: Path, finished: list[StageRef], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    assert main(["run", str(config_path), "--run-dir", str(root), "--set", "stop.min_ln2_minus_loss=0.1"]) == 0
+    assert {made_in(ref) for ref in finished} == {0, 1}, "0.5, then 0.05"
+    assert finished[-1] == StageRef("evaluate", 1), "the iteration that fires is finished"
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "stopped after iteration 1: ln 2 - held-out loss = 0.05 is below stop.min_ln2_minus_loss=0.1" in shown
+    assert "models/theta_2" in shown
+    assert main(["status", str(root), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["stopped"].startswith("after iteration 1: ln 2 - held-out loss = 0.05")
+    assert {row["state"] for row in answer["stages"] if row["iteration"] == 2 and row["stage"] != "export"} == {"not needed"}
+    finished.clear()
+    assert main(["run", str(root), "--set", "stop.min_ln2_minus_loss=-1.0"]) == 0, "a lower bound lets it go on"
+    assert StageRef("evaluate", 2) in finished
+
+
+def test_sections_that_may_change_are_those_of_the_last_run_or_submit(config_path: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    arguments = argparse.Namespace(target=config_path, run_dir=root, overrides=["slurm.signal_seconds=60"])
+    config, layout = loop.open_or_start(arguments)
+    assert open_as_changed(root)[0] == config, "as started, while nothing was changed"
+    config_path.write_text(CONFIG + "[stop]\nmax_nll_increase = 0.5\n[slurm.stages.generate]\ngpus_per_node = 4\n", encoding="utf-8")
+    changed, _ = loop.open_or_start(argparse.Namespace(target=config_path, run_dir=root, overrides=[]))
+    loop.remember_changes(changed, layout)
+    assert open_as_changed(root)[0] == changed
+    assert (changed.stop.max_nll_increase, changed.slurm.of("generate").gpus_per_node) == (0.5, 4)
+    assert open_run(root)[0].slurm.signal_seconds == 60, "run.json is never edited"
