@@ -6,11 +6,12 @@
 # It needs `pip install spin-megatron` with its torch-free parts only: pydantic, rich and pyarrow.
 export SPIN_PYTHON="${SPIN_PYTHON:-python3}"
 
-# The Python of the ranks, with torch and Megatron Core; inside the container where there is one.
-export SPIN_RANK_PYTHON="${SPIN_RANK_PYTHON:-$SPIN_PYTHON}"
+# What starts the Python of the ranks, with torch and Megatron Core, as shell-quoted words; inside the container where there is one.
+# Apptainer, for example, has no srun options: SPIN_RANK_PYTHON="apptainer exec --nv --bind /lustre /images/megatron.sif python3"
+export SPIN_RANK_PYTHON="${SPIN_RANK_PYTHON:-$(printf %q "$SPIN_PYTHON")}"
 
 # Further srun options of the ranks, shell-quoted. With pyxis and enroot, for example:
-#   SPIN_SRUN_OPTIONS="--container-image=/images/spin_megatron.sqsh --container-mounts=/lustre:/lustre --no-container-mount-home"
+#   SPIN_SRUN_OPTIONS="--container-image=/images/megatron.sqsh --container-mounts=/lustre:/lustre --no-container-mount-home"
 # pyxis wants the image path with a leading / or ./, and unpacks it once a node.
 export SPIN_SRUN_OPTIONS="${SPIN_SRUN_OPTIONS:-}"
 

@@ -2,12 +2,13 @@
 
     once: export theta_0, prepare; then for the first iteration that is not complete
     build-engine -> generate (array over missing shards) -> merge -> train (array of slots, one at a time)
-    -> export -> evaluate -> advance
+    -> export -> evaluate -> benchmark (array over missing tasks) -> advance (two slots, one at a time)
 
 Each link is submitted only while its manifest is missing and waits for the one before. Links after an array use `afterany`,
 the others `afterok`: an element's exit code says whether its manifest exists, because launch/supervise.py makes it so, never
 what srun returned. The last link, `advance`, runs however the others ended: it submits what is still missing, or the next
-iteration, or stops at the failure cap. The array index is a shard or a slot, never the iteration.
+iteration, or stops when the run is complete, a rule of [stop] fired or the failure cap is reached; its second slot stands in
+for a first one that was killed. The array index is a shard, a task or a slot, never the iteration.
 """
 
 import argparse
@@ -24,19 +25,24 @@ from pathlib import Path
 
 from spin_megatron.config import RunConfig, SlurmStageSection, StageName
 from spin_megatron.generation.engine import EXTERNAL
-from spin_megatron.launch.loop import check_config, open_or_start
-from spin_megatron.pipeline import STAGES, StageRef, folder_of, line, made_in
+from spin_megatron.launch.failures import record_submission
+from spin_megatron.launch.loop import check_config, open_or_start, remember_changes
+from spin_megatron.pipeline import LOCK_STALE_SECONDS, STAGES, StageRef, early_stop, made_in, missing_stages
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.lock import Owner, held
 
 logger = logging.getLogger(__name__)
 
 ADVANCE = "advance"
+ADVANCE_ARRAY = "0-1%1"
 # The one file a cluster owner edits, the batch body, and the way in; copied into the run directory at submission.
 SCRIPTS = ("env.sh", "stage.sh", "spin_iter.sh")
 DEFAULT_SCRIPTS = Path(__file__).resolve().parents[2].joinpath("slurm")  # of the project, not of a run
 
-QUESTION_TRIES, QUESTION_PAUSE_SECONDS = 3, 5.0
+# A busy controller times out, and a queue may be full for a while. The pause doubles.
+TRIES, PAUSE_SECONDS, ANSWER_SECONDS = 5, 5.0, 120.0
+LOCK_WAIT_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -71,44 +77,48 @@ def command(arguments: argparse.Namespace) -> int:
         for words in dry_run(config, layout):
             print(shlex.join(words))  # noqa: T201 (the answer of the command)
         return 0
-    submit(config, layout, overrides=arguments.overrides, scripts=scripts)
+    submit(config, layout, scripts=scripts)
     return 0
 
 
 def chain(config: RunConfig, layout: RunLayout) -> list[Link]:
-    """The links of the first iteration that is not complete; empty when the run is."""
-    missing = [ref for ref in line(config) if manifests.read_manifest(folder_of(layout, ref)) is None]
+    """The links of the first iteration that is not complete; empty when the run is, or when a rule of [stop] ended it."""
+    missing = missing_stages(config, layout)
     if not missing:
         return []
     iteration = min(made_in(ref) for ref in missing)
     links: list[Link] = []
-    for ref in missing:
-        if made_in(ref) != iteration or (links and links[-1].refs and links[-1].refs[0].name == ref.name == "generate"):
-            continue
-        refs = tuple(other for other in missing if (other.name, other.iteration) == (ref.name, ref.iteration))
-        links.append(Link(ref.name, ref.iteration, _array(config, refs), refs, _after_any(links)))
-    links.append(Link(ADVANCE, iteration, "0-0", (), after_any=True))
-    return links
-
-
-def num_done(config: RunConfig, layout: RunLayout) -> int:
-    """Number of finished stages of the run."""
-    return sum(manifests.read_manifest(folder_of(layout, ref)) is not None for ref in line(config))
+    for name, t in dict.fromkeys((ref.name, ref.iteration) for ref in missing if made_in(ref) == iteration):
+        refs = tuple(ref for ref in missing if (ref.name, ref.iteration) == (name, t))
+        links.append(Link(name, t, _array(config, refs), refs, _after_any(name, links)))
+    return [*links, Link(ADVANCE, iteration, ADVANCE_ARRAY, (), after_any=True)]
 
 
 def _array(config: RunConfig, refs: Sequence[StageRef]) -> str:
-    """Generate: its missing shards; train: interchangeable slots, one at a time; else one element."""
+    """Generate and benchmark: what is missing of them; train: interchangeable slots, one at a time; else one element."""
     settings = config.slurm.of(refs[0].name)
-    if refs[0].name == "generate":
-        return ",".join(str(ref.shard) for ref in refs) + f"%{settings.max_parallel}"
+    numbers = [ref.shard for ref in refs if ref.shard is not None]
+    if numbers:
+        return f"{_ranges(numbers)}%{settings.max_parallel}"
     if refs[0].name == "train":
         return f"0-{settings.slots - 1}%1"
     return "0-0"
 
 
-def _after_any(links: Sequence[Link]) -> bool:
-    """Behind an array some elements may fail and others make up for it; the link's own guard finds out."""
-    return bool(links) and links[-1].name in ("generate", "train")
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as sbatch writes them: 0-2,5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _after_any(name: StageName, links: Sequence[Link]) -> bool:
+    """Behind an array some elements may fail and others make up for it; the link's own guard finds out. A benchmark needs no evaluation."""
+    return bool(links) and (links[-1].name in ("generate", "train") or name == "benchmark")
 
 
 def sbatch_command(config: RunConfig, layout: RunLayout, link: Link, *, after: str | None) -> list[str]:
@@ -158,40 +168,45 @@ def dry_run(config: RunConfig, layout: RunLayout) -> list[list[str]]:
     return commands
 
 
-def submit(
-    config: RunConfig, layout: RunLayout, *, overrides: Sequence[str] = (), scripts: Path = DEFAULT_SCRIPTS, own_job: str | None = None
-) -> list[SubmittedJob]:
-    """Submit the chain of the first iteration that is not complete.
+def submit(config: RunConfig, layout: RunLayout, *, scripts: Path = DEFAULT_SCRIPTS, own_job: str | None = None) -> list[SubmittedJob]:
+    """Submit the chain of the first iteration that is not complete; or, behind jobs that nothing goes on from, its last link alone.
 
     Args:
-        overrides: --set options of a started run, kept for the jobs.
         scripts: folder of env.sh and stage.sh; they are copied into the run directory.
-        own_job: the job this runs in, which does not count as one that is under way.
+        own_job: the job this runs in, which does not count as one that is under way; absent when a person submits.
 
     Raises:
-        ValueError: the resources do not fit the layout, or sbatch refused a job.
+        ValueError: the resources do not fit the layout, or sbatch refused a job; then none of the chain is left behind.
+        StageIncomplete: another submission holds the lock.
     """
     check_resources(config)
     check_config(config)
-    links = chain(config, layout)
-    if not links:
-        logger.info("the run is complete; nothing to submit")
-        return []
-    _make_log_folders(layout, links)
     layout.slurm.mkdir(parents=True, exist_ok=True)
-    with manifests.exclusive(layout.lock):
-        active = [job for job in active_jobs(layout) if job.partition("_")[0] != own_job]
-        if active:
-            logger.info("jobs of this run are under way (%s); nothing to submit", ", ".join(sorted(active)))
+    what = f"the submission of {layout.root}"
+    with held(layout.submit_lock, Owner.this_process(), what=what, stale_seconds=LOCK_STALE_SECONDS, wait_seconds=LOCK_WAIT_SECONDS):
+        links = chain(config, layout)
+        if not links:
+            stop = early_stop(config, layout)
+            logger.info("%s; nothing to submit", "the run is complete" if stop is None else f"the run is stopped {stop.reason}")
             return []
+        after = _active_arrays(layout, own_job)
+        if ADVANCE in after.values():
+            logger.info("jobs of this run are under way (%s); nothing to submit", ", ".join(after))
+            return []
+        links = links[-1:] if after else links
+        _make_log_folders(layout, links)
         if own_job is None:
             _copy_scripts(scripts, layout.slurm)
-            manifests.write_json(layout.slurm_overrides, list(overrides))
-            # A person who submits starts the counts of failures anew.
-            manifests.write_json(layout.slurm_progress, {"done": num_done(config, layout), "barren": 0})
-            with open(layout.slurm_failures, "a", encoding="utf-8") as events:
-                events.write(json.dumps({"event": "submitted", "ref": ""}) + "\n")
-        return _submit_links(config, layout, links)
+            remember_changes(config, layout)
+            record_submission(layout, missing_stages(config, layout))
+        return _submit_links(config, layout, links, after=":".join(after) or None, tries=TRIES if own_job else 1)
+
+
+def _active_arrays(layout: RunLayout, own_job: str | None) -> dict[str, str]:
+    """Array job -> link, of this run's jobs that squeue still shows."""
+    links = {job.job_id: job.link for path in layout.all_slurm_jobs() for job in read_jobs(path)}
+    arrays = dict.fromkeys(name.partition("_")[0] for name in active_jobs(layout))
+    return {job: links[job] for job in arrays if job != own_job}
 
 
 def _make_log_folders(layout: RunLayout, links: Sequence[Link]) -> None:
@@ -207,20 +222,44 @@ def _make_log_folders(layout: RunLayout, links: Sequence[Link]) -> None:
             raise ValueError(f"{folder} cannot be written, so no job could open its log; make it writable, then submit again.")
 
 
-def _submit_links(config: RunConfig, layout: RunLayout, links: Sequence[Link]) -> list[SubmittedJob]:
+def _submit_links(config: RunConfig, layout: RunLayout, links: Sequence[Link], *, after: str | None, tries: int) -> list[SubmittedJob]:
+    """All of the links, each after the one before, or none: half a chain would end with nobody to go on."""
     jobs: list[SubmittedJob] = []
     record = layout.slurm_jobs(links[-1].iteration)
     earlier = read_jobs(record)
     for link in links:
-        words = sbatch_command(config, layout, link, after=jobs[-1].job_id if jobs else None)
-        result = run_slurm(words)
-        if result.returncode:
-            hint = "; the jobs submitted before it stay queued (scancel them, or submit again when they ended)" if jobs else ""
-            raise ValueError(f"sbatch refused {link.name} {link.iteration}: {result.stderr.strip()} (command: {words}){hint}")
-        jobs.append(SubmittedJob(result.stdout.strip().partition(";")[0], link.name, link.iteration, link.array))
+        try:
+            job_id = _sbatch(layout, link.job_name(config.run.name), sbatch_command(config, layout, link, after=after), tries=tries)
+        except ValueError as error:
+            if jobs:
+                run_slurm(["scancel", *(job.job_id for job in jobs)], is_repeatable=True)
+            raise ValueError(f"sbatch refused {link.name} {link.iteration}: {error}; no job of this chain is left in the queue.") from error
+        jobs.append(SubmittedJob(job_id, link.name, link.iteration, link.array))
         manifests.write_json(record, [asdict(job) for job in [*earlier, *jobs]])
-        logger.info("submitted %s %d as job %s, array %s", link.name, link.iteration, jobs[-1].job_id, link.array)
+        logger.info("submitted %s %d as job %s, array %s", link.name, link.iteration, job_id, link.array)
+        after = job_id
     return jobs
+
+
+def _sbatch(layout: RunLayout, job_name: str, words: Sequence[str], *, tries: int) -> str:
+    """Submit one job; returns its id. ValueError: Slurm goes on refusing it."""
+    known = {job.job_id for path in layout.all_slurm_jobs() for job in read_jobs(path)}
+    for number in range(tries):
+        result = run_slurm(words)
+        if result.returncode == 0:
+            return result.stdout.strip().partition(";")[0]
+        if number + 1 == tries:
+            break
+        pause = PAUSE_SECONDS * 2**number
+        logger.warning("sbatch: %s; trying again in %.0f s", result.stderr.strip(), pause)
+        time.sleep(pause)
+        # An answer that came too late is no refusal: the job is there, and a second one would run beside it.
+        queue = run_slurm(["squeue", "--noheader", f"--name={job_name}", "--format=%F|%Z"], is_repeatable=True)
+        rows = [row.strip().partition("|") for row in queue.stdout.splitlines()]
+        late = [job for job, _, folder in rows if folder == str(layout.root) and job not in known]
+        if late:
+            return late[0]
+    raise ValueError(f"{result.stderr.strip()} (command: {shlex.join(words)})")
 
 
 def check_resources(config: RunConfig) -> None:
@@ -268,7 +307,7 @@ def active_jobs(layout: RunLayout) -> Mapping[str, str]:
     ids = {job.job_id for path in layout.all_slurm_jobs() for job in read_jobs(path)}
     if not ids:
         return {}
-    result = run_slurm(["squeue", "--noheader", "--array", "--format=%A|%i|%T"])
+    result = run_slurm(["squeue", "--noheader", "--array", "--format=%A|%i|%T"], is_repeatable=True)
     if result.returncode:
         raise ValueError(f"squeue failed: {result.stderr.strip()}; is this a host of the cluster?")
     found = {}
@@ -279,16 +318,18 @@ def active_jobs(layout: RunLayout) -> Mapping[str, str]:
     return found
 
 
-def run_slurm(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's programs; ValueError where it is not installed. A question is asked again: a busy controller times out."""
+def run_slurm(words: Sequence[str], *, is_repeatable: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's programs; ValueError where it is not installed, or never answers. is_repeatable: twice does what once does."""
     if shutil.which(words[0]) is None:
         raise ValueError(f"{words[0]} is not on PATH; run this on a login node of the cluster, or use `spin-megatron run` on one machine.")
-    is_question = words[0] == "squeue" or list(words[:2]) == ["scontrol", "show"]
-    for tries_left in reversed(range(QUESTION_TRIES if is_question else 1)):
-        result = subprocess.run(list(words), capture_output=True, text=True, timeout=120, check=False)
+    for tries_left in reversed(range(TRIES if is_repeatable else 1)):
+        try:
+            result = subprocess.run(list(words), capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+        except subprocess.TimeoutExpired as error:
+            result = subprocess.CompletedProcess(error.cmd, 1, "", f"no answer in {ANSWER_SECONDS:.0f} s")
         if result.returncode == 0 or tries_left == 0:
             break
-        time.sleep(QUESTION_PAUSE_SECONDS)
+        time.sleep(PAUSE_SECONDS)
     return result
 
 

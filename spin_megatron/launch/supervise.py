@@ -9,6 +9,7 @@ Otherwise the job's own element is requeued, which keeps the jobs that wait for 
 - A heartbeat file that rank 0 stopped touching means a hung step: it is ended and counts as a failure.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -23,10 +24,30 @@ from pathlib import Path
 
 from spin_megatron.config import RunConfig
 from spin_megatron.generation.engine import EXTERNAL
+from spin_megatron.launch.failures import (
+    MAX_SUBMISSION_FAILURES,
+    count_barren,
+    failures_in_a_row,
+    last_error,
+    record_failure,
+    record_stop,
+    submission_name,
+)
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, new_attempt
-from spin_megatron.launch.loop import changes, open_run
-from spin_megatron.launch.slurm import ADVANCE, chain, num_done, run_slurm, submit
-from spin_megatron.pipeline import STAGES, StageRef, folder_of, inputs_of, line, log_folder, made_in
+from spin_megatron.launch.loop import changes, open_as_changed
+from spin_megatron.launch.slurm import ADVANCE, active_jobs, run_slurm, submit
+from spin_megatron.pipeline import (
+    STAGES,
+    StageRef,
+    early_stop,
+    folder_of,
+    inputs_of,
+    line,
+    log_folder,
+    made_in,
+    missing_stages,
+    newest_theta,
+)
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import StageIncomplete
@@ -67,9 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     run_dir, link, iteration = sys.argv[1:] if argv is None else argv
     configure_logging(None)
-    layout = RunLayout(Path(run_dir))
-    overrides = json.loads(layout.slurm_overrides.read_text(encoding="utf-8"))
-    config, layout = open_run(Path(run_dir), overrides)
+    config, layout = open_as_changed(Path(run_dir))
     element = Element.from_environment()
     logger.info("%s %s: element %s, restart %d, on %s", link, iteration, element.name, element.restart, socket.gethostname())
     if link == ADVANCE:
@@ -79,23 +98,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _refs(config: RunConfig, link: str, iteration: int) -> list[StageRef]:
-    shards: list[int | None] = list(range(config.generate.num_shards)) if link == "generate" else [None]
-    return [StageRef(name, iteration, shard) for name in STAGES if name == link for shard in shards]
+    return [ref for ref in line(config) if (ref.name, ref.iteration) == (link, iteration)]
 
 
 def advance(config: RunConfig, layout: RunLayout, element: Element) -> int:
-    """Submit what is still missing; stop when the run is complete or several chains in a row finished nothing."""
-    if not chain(config, layout):
-        logger.info("the run is complete: %s", layout.theta(config.run.iterations))
+    """Submit what is still missing; stop when the run is complete, or several chains in a row got nothing further."""
+    missing = missing_stages(config, layout)
+    if not missing:
+        stop, theta = early_stop(config, layout), layout.theta(newest_theta(config, layout))
+        logger.info("the run is %s: %s", "complete" if stop is None else f"stopped {stop.reason}", theta)
         return DONE
-    seen = json.loads(layout.slurm_progress.read_text(encoding="utf-8"))
-    done = num_done(config, layout)
-    barren = 0 if done > seen["done"] else seen["barren"] + 1
-    manifests.write_json(layout.slurm_progress, {"done": done, "barren": barren})
-    if barren >= config.slurm.max_failures:
-        logger.error("%d chains in a row finished no stage; stopped. See: spin-megatron status %r", barren, str(layout.root))
-        return FAILED
-    submit(config, layout, overrides=json.loads(layout.slurm_overrides.read_text(encoding="utf-8")), own_job=element.array_job_id)
+    name = submission_name(missing)
+    try:
+        others = active_jobs(layout).keys() - {element.name}
+        if any(name.partition("_")[0] == element.array_job_id for name in others) and element.task_id:
+            logger.info("the first slot goes on itself; nothing to do")
+            return DONE
+        if not others and (barren := count_barren(layout, missing)) >= config.slurm.max_failures:
+            logger.error("%d chains in a row got nothing further; stopped. See: spin-megatron status %r", barren, str(layout.root))
+            return FAILED
+        submit(config, layout, scripts=layout.slurm, own_job=element.array_job_id)
+    except (ValueError, StageIncomplete) as error:  # a full queue, a controller that is away: wait, and come back
+        record_failure(layout, name, job=element.name, restart=element.restart, reason=str(error))
+        return FAILED if failures_in_a_row(layout, name) >= MAX_SUBMISSION_FAILURES else _requeue(element)
     return DONE
 
 
@@ -118,13 +143,14 @@ def supervise(config: RunConfig, layout: RunLayout, ref: StageRef, element: Elem
     if manifests.read_manifest(folder_of(layout, ref)) is not None:
         return DONE
     if code in (BAD_INPUT, INCOMPLETE):
-        record_failure(layout, ref, element, f"exit code {code}: {last_error(step.logs)}")
+        record_failure(layout, ref, job=element.name, restart=element.restart, reason=f"exit code {code}: {last_error(step.logs)}")
         return code
     if not step.hung and (step.was_asked_to_stop or code == STOPPED or _is_preempted(element)):
         logger.info("%s was stopped from outside; requeueing %s", ref, element.name)
         record_stop(layout, ref)
         return _requeue(element)
-    record_failure(layout, ref, element, step.hung or f"exit code {code}: {last_error(step.logs)}")
+    reason = step.hung or f"exit code {code}: {last_error(step.logs)}"
+    record_failure(layout, ref, job=element.name, restart=element.restart, reason=reason)
     if failures + 1 >= config.slurm.max_failures:
         logger.error("%s failed %d times in a row; not tried again", ref, failures + 1)
         return FAILED
@@ -154,10 +180,10 @@ class _Step:
         previous = signal.signal(signal.SIGUSR1, self._ask_to_stop)
         try:
             process = subprocess.Popen(self._words, env=self._environment)
-            while process.poll() is None:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(POLL_SECONDS)
                 self._watch(process)
-                time.sleep(POLL_SECONDS)
-            return process.returncode
         finally:
             signal.signal(signal.SIGUSR1, previous)
             self._stop_file.unlink(missing_ok=True)
@@ -207,12 +233,13 @@ def engine_changes(config: RunConfig) -> list[str]:
 
 
 def srun_command(config: RunConfig, layout: RunLayout, ref: StageRef, logs: Path) -> list[str]:
-    """The srun line of a stage: one process a rank. SPIN_SRUN_OPTIONS (env.sh) holds a container's options, SPIN_RANK_PYTHON its Python."""
+    """The srun line of a stage: one process a rank. env.sh: SPIN_SRUN_OPTIONS a container, SPIN_RANK_PYTHON what starts Python."""
     settings = config.slurm.of(ref.name)
     words = ["srun", "--kill-on-bad-exit=1", "--wait=60", "--label", f"--nodes={settings.nodes}"]
     words += [f"--ntasks-per-node={settings.ranks_per_node}", f"--cpus-per-task={settings.cpus_per_rank}"]
     words += shlex.split(os.environ.get("SPIN_SRUN_OPTIONS", ""))
-    return [*words, os.environ.get("SPIN_RANK_PYTHON") or sys.executable, *_rank_words(config, layout, ref, logs)]
+    words += shlex.split(os.environ.get("SPIN_RANK_PYTHON") or shlex.quote(sys.executable))
+    return words + _rank_words(config, layout, ref, logs)
 
 
 def _rank_words(config: RunConfig, layout: RunLayout, ref: StageRef, logs: Path) -> list[str]:
@@ -225,7 +252,7 @@ def _rank_words(config: RunConfig, layout: RunLayout, ref: StageRef, logs: Path)
 
 def _first_host() -> str:
     """Rank 0's host: the first of the job's list, the only one all ranks agree on beforehand."""
-    result = run_slurm(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]])
+    result = run_slurm(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], is_repeatable=True)
     hosts = result.stdout.split()
     if not hosts:
         raise ValueError(f"scontrol named no host of {os.environ['SLURM_JOB_NODELIST']!r}: {result.stderr.strip()}")
@@ -234,107 +261,19 @@ def _first_host() -> str:
 
 def _is_preempted(element: Element) -> bool:
     """Whether Slurm is taking the nodes away: it ends the step first, and this process a grace time later."""
-    result = run_slurm(["scontrol", "show", "job", element.job_id])
+    result = run_slurm(["scontrol", "show", "job", element.job_id], is_repeatable=True)
     facts = dict(word.partition("=")[::2] for word in result.stdout.split())
     return facts.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
 
 
 def _requeue(element: Element) -> int:
     """Requeue this element alone and wait for Slurm to end it."""
-    result = run_slurm(["scontrol", "requeue", element.name])
+    result = run_slurm(["scontrol", "requeue", element.name], is_repeatable=True)
     if result.returncode:
         logger.error("scontrol requeue %s: %s; the run's last link will submit it anew", element.name, result.stderr.strip())
         return FAILED
     time.sleep(END_SECONDS)
     return STOPPED
-
-
-def record_failure(layout: RunLayout, ref: StageRef, element: Element, reason: str) -> None:
-    """Keep a failed try on disk, for the cap and for `status`."""
-    logger.error("%s failed: %s", ref, reason)
-    event = {"event": "failed", "ref": str(ref), "job": element.name, "restart": element.restart, "reason": reason}
-    _append(layout, {**event, "progress": progress_of(layout, ref)})
-
-
-def record_stop(layout: RunLayout, ref: StageRef) -> None:
-    """A planned stop ends a row of failures."""
-    _append(layout, {"event": "stopped", "ref": str(ref)})
-
-
-def _append(layout: RunLayout, event: dict[str, object]) -> None:
-    text = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **event}) + "\n"
-    with manifests.exclusive(layout.lock), open(layout.slurm_failures, "a", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def progress_of(layout: RunLayout, ref: StageRef) -> str:
-    """What a stage that resumes has kept so far (parts, checkpoints), as a digest; it changes only when the stage got further."""
-    if not STAGES[ref.name].resumes:
-        return ""
-    folder = folder_of(layout, ref)
-    kept = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if not path.name.startswith(".")]
-    return manifests.digest_values(sorted(str(path.relative_to(folder)) for path in kept))
-
-
-def failures_in_a_row(layout: RunLayout, ref: StageRef) -> int:
-    """How often a stage failed without getting any further, since its last planned stop or the last submission by a person."""
-    count, progress = 0, None
-    for event in read_events(layout):
-        if event["event"] == "submitted" or (event["event"] == "stopped" and event["ref"] == str(ref)):
-            count = 0
-        elif event["event"] == "failed" and event["ref"] == str(ref):
-            count = count + 1 if event.get("progress") == progress else 1
-            progress = event.get("progress")
-    return count
-
-
-def read_events(layout: RunLayout) -> list[dict[str, str]]:
-    """The events of failures.jsonl, oldest first; a line cut short by a crash is passed over."""
-    if not layout.slurm_failures.exists():
-        return []
-    events = []
-    for text in layout.slurm_failures.read_text(encoding="utf-8").splitlines():
-        try:
-            events.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return events
-
-
-def last_error(logs: Path) -> str:
-    """The last error in an attempt's logs, or what its absence means."""
-    return last_logged_error(logs) or "no error was logged: the process was killed from outside, or its node died"
-
-
-def last_logged_error(logs: Path) -> str | None:
-    """The message of the last error line of an attempt; where a traceback follows it, the exception."""
-    found = None
-    for path in sorted(logs.glob("*.log")):
-        in_traceback = False
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if " ERROR " in text:
-                found, in_traceback = text.partition(" ERROR ")[2], False
-            elif text.startswith("Traceback "):
-                in_traceback = True
-            elif in_traceback and text and not text.startswith(" "):
-                found, in_traceback = text, False
-    return found
-
-
-def stop_reason(config: RunConfig, layout: RunLayout) -> str | None:
-    """Why the run is not tried any further, and what to do; None while it is."""
-    advice = f"mend the cause, then: bash slurm/spin_iter.sh {str(layout.root)!r}"
-    for ref in line(config):
-        if manifests.read_manifest(folder_of(layout, ref)) is None and failures_in_a_row(layout, ref) >= config.slurm.max_failures:
-            reason = [event["reason"] for event in read_events(layout) if event["ref"] == str(ref) and event["event"] == "failed"][-1]
-            return f"{ref} failed {config.slurm.max_failures} times in a row, last: {reason}; {advice}"
-    if layout.slurm_progress.exists():
-        barren = json.loads(layout.slurm_progress.read_text(encoding="utf-8"))["barren"]
-        if barren >= config.slurm.max_failures:
-            return f"{barren} chains of jobs in a row finished no stage; {advice}"
-    return None
 
 
 if __name__ == "__main__":

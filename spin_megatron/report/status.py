@@ -18,15 +18,17 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_megatron.config import RunConfig
+from spin_megatron.launch.failures import failures_in_a_row, last_logged_error, read_events, stop_reason, submission_name
 from spin_megatron.launch.slurm import ADVANCE, SubmittedJob, active_jobs, read_jobs
-from spin_megatron.launch.supervise import failures_in_a_row, last_logged_error, read_events, stop_reason
-from spin_megatron.pipeline import STAGES, StageRef, folder_of, is_running, line, log_folder, state_of
+from spin_megatron.pipeline import STAGES, StageRef, early_stop, folder_of, is_running, line, log_folder, made_in, missing_stages, state_of
+from spin_megatron.report.overview import benchmarks
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
 
 _COLUMNS = tuple(STAGES)
-_STYLES = {"done": "green", "running": "cyan", "ready": "yellow", "stale": "red", "waiting": "dim"}
+_STYLES = {"done": "green", "running": "cyan", "ready": "yellow", "stale": "red", "waiting": "dim", "not needed": "dim"}
 ENDED = "ended"
+NOT_NEEDED = "not needed"  # a rule of [stop] ended the run before
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,15 @@ class Queue:
 
 def command(arguments: argparse.Namespace) -> int:
     """Handle the verb."""
-    from spin_megatron.launch.loop import open_run
+    from spin_megatron.launch.loop import open_as_changed
 
-    config, layout = open_run(arguments.run_dir)
+    config, layout = open_as_changed(arguments.run_dir)
     if arguments.json:
         queue = read_queue(layout)
         answer = {
             "run": config.run.name,
             "stages": stage_rows(config, layout, queue),
-            "stopped": stop_reason(config, layout),
+            "stopped": why_stopped(config, layout),
             "queue_problem": queue.problem or None,
         }
         print(json.dumps(answer, indent=2))  # noqa: T201
@@ -63,11 +65,17 @@ def _watch(config: RunConfig, layout: RunLayout, *, every_seconds: float) -> Non
     """Redraw until the run is complete or Ctrl-C."""
     with Live(_view(config, layout), auto_refresh=False) as live:
         try:
-            while any(read_manifest(folder_of(layout, ref)) is None for ref in line(config)):
+            while missing_stages(config, layout):
                 time.sleep(every_seconds)
                 live.update(_view(config, layout), refresh=True)
         except KeyboardInterrupt:
             return
+
+
+def why_stopped(config: RunConfig, layout: RunLayout) -> str | None:
+    """The rule of [stop] or the failure cap that ended the run; None while it goes on."""
+    stop = early_stop(config, layout)
+    return stop.reason if stop is not None else stop_reason(config, layout)
 
 
 def read_queue(layout: RunLayout) -> Queue:
@@ -87,10 +95,12 @@ def stage_rows(config: RunConfig, layout: RunLayout, queue: Queue | None = None)
     """One row a stage: name, iteration, shard, state, jobs, attempts, last error, when it finished, its summary."""
     queue = queue or Queue()
     failures = {event["ref"]: event["reason"] for event in read_events(layout) if event["event"] == "failed"}
-    rows = []
+    rows, stop = [], early_stop(config, layout)
     for ref in line(config):
         manifest = read_manifest(folder_of(layout, ref))
-        state = "running" if manifest is None and is_running(layout, ref) else state_of(config, layout, ref)
+        state: str = "running" if manifest is None and is_running(layout, ref) else state_of(config, layout, ref)
+        if manifest is None and stop is not None and made_in(ref) > stop.iteration:
+            state = NOT_NEEDED
         logs = log_folder(layout, ref)
         error = None if manifest else failures.get(str(ref)) or last_logged_error(logs / "latest")
         rows.append(
@@ -132,11 +142,16 @@ def _view(config: RunConfig, layout: RunLayout) -> Group:
     waiting = [f"{name} {state}" for name, state in queue.states.items() if name.partition("_")[0] in ids]
     if waiting:
         notes.append(Text(f"goes on with: {', '.join(waiting)}", style="dim"))
+    missing = missing_stages(config, layout)
+    if missing and (count := failures_in_a_row(layout, name := submission_name(missing))):
+        error = [event["reason"] for event in read_events(layout) if event["ref"] == name][-1]
+        notes.append(Text(f"{name}: {count} failed submissions in a row, last error: {error}", style="yellow"))
     if queue.problem:
         notes.append(Text(queue.problem, style="yellow"))
-    if (reason := stop_reason(config, layout)) is not None:
+    if (reason := why_stopped(config, layout)) is not None:
         notes.append(Text(f"stopped: {reason}", style="bold red"))
-    return Group(_table(config, rows), *notes)
+    scores = benchmarks(config, layout)
+    return Group(_table(config, rows), *notes, *([scores] if scores.row_count else []))
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -151,10 +166,11 @@ def _times(row: Mapping[str, Any]) -> str:
 def _table(config: RunConfig, rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=escape(f"{config.run.name}: stage by iteration (export t makes theta_t)"), show_lines=True)
     table.add_column("iteration")
-    for stage in _COLUMNS:
+    columns = [stage for stage in _COLUMNS if any(row["stage"] == stage for row in rows)]
+    for stage in columns:
         table.add_column(stage)
     for iteration in range(config.run.iterations + 1):
-        cells = [_cell([row for row in rows if row["stage"] == stage and row["iteration"] == iteration]) for stage in _COLUMNS]
+        cells = [_cell([row for row in rows if row["stage"] == stage and row["iteration"] == iteration]) for stage in columns]
         table.add_row(str(iteration), *cells)
     return table
 
@@ -164,7 +180,7 @@ def _cell(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
     states = {row["state"] for row in rows}
-    shown = next(state for state in ("stale", "running", "ready", "waiting", "done") if state in states)
+    shown = next(state for state in ("stale", "running", "ready", "waiting", NOT_NEEDED, "done") if state in states)
     done = sum(row["state"] == "done" for row in rows)
     lines = [f"[{_STYLES[shown]}]{shown if len(rows) == 1 else f'{done} of {len(rows)} done'}[/]"]
     attempts = sum(row["attempts"] for row in rows)

@@ -8,11 +8,12 @@ import pytest
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.loop import open_run
 from spin_megatron.launch.slurm import chain, check_resources, dry_run
-from spin_megatron.launch.supervise import engine_changes, step_command
-from spin_megatron.pipeline import StageRef, folder_of, inputs_of, line, settings_of
+from spin_megatron.launch.supervise import engine_changes, srun_command, step_command
+from spin_megatron.pipeline import StageRef, folder_of, inputs_of, line, made_in, settings_of
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import Manifest, stage_key, write_manifest
 
+NUMBERS = {"ln2_minus_loss": 0.5, "nll_real": 2.0, "nll_real_reference": 2.0, "logp_real_drift": 0.0}
 MODEL = {"model": {"path": "model"}, "data": {"source": "data", "max_prompt_tokens": 8, "max_response_tokens": 8}}
 
 
@@ -22,7 +23,7 @@ def make_config(**sections: dict) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def finish(layout: RunLayout, *refs: StageRef, config: RunConfig, is_current: bool = False) -> None:
+def finish(layout: RunLayout, *refs: StageRef, config: RunConfig, is_current: bool = False, summary: dict | None = None) -> None:
     """Write a manifest for each stage, which is all that the chain looks at; `status` also asks whether its key is current."""
     for ref in refs:
         folder = folder_of(layout, ref)
@@ -35,7 +36,7 @@ def finish(layout: RunLayout, *refs: StageRef, config: RunConfig, is_current: bo
             settings={},
             inputs={},
             outputs=(),
-            summary={},
+            summary=summary or {},
             versions={},
             git=None,
             host="host",
@@ -63,12 +64,12 @@ def test_a_fresh_run_is_one_chain_in_which_every_link_waits_for_the_one_before()
         golden("export", 0, array="0-0", after="", logs="iter_0/logs/export"),
         golden("prepare", 0, array="0-0", after="afterok:<job of export 0>", logs="iter_0/logs/prepare"),
         golden("build-engine", 0, array="0-0", after="afterok:<job of prepare 0>", logs="iter_0/logs/build-engine"),
-        golden("generate", 0, array="0,1,2%8", after="afterok:<job of build-engine 0>", logs="iter_0/logs/generate"),
+        golden("generate", 0, array="0-2%8", after="afterok:<job of build-engine 0>", logs="iter_0/logs/generate"),
         golden("merge", 0, array="0-0", after="afterany:<job of generate 0>", logs="iter_0/logs/merge"),
         golden("train", 0, array="0-3%1", after="afterok:<job of merge 0>", logs="iter_0/logs/train"),
         golden("export", 1, array="0-0", after="afterany:<job of train 0>", logs="iter_0/logs/export"),
         golden("evaluate", 0, array="0-0", after="afterok:<job of export 1>", logs="iter_0/logs/evaluate"),
-        golden("advance", 0, array="0-0", after="afterany:<job of evaluate 0>", logs="iter_0/logs/advance", minutes="00:30:00"),
+        golden("advance", 0, array="0-1%1", after="afterany:<job of evaluate 0>", logs="iter_0/logs/advance", minutes="00:30:00"),
     ]
     # shlex quotes a word only where a shell would change it: a dependency on a named job holds < and >.
     assert [shlex.split(line) for line in lines] == [shlex.split(line.replace("<", "'<").replace(">", ">'")) for line in expected]
@@ -82,6 +83,38 @@ def test_only_the_missing_shards_stand_in_the_array(tmp_path: Path) -> None:
     assert "--array=0,2%8" in words
     assert words[-2:] == ["generate", "0"]
     assert not [word for word in words if word.startswith("--dependency")]
+
+
+def test_runs_of_missing_shards_are_written_as_ranges(tmp_path: Path) -> None:
+    config, layout = make_config(generate={"num_shards": 12}), RunLayout(tmp_path)
+    done = [StageRef("export", 0), StageRef("prepare"), StageRef("build-engine", 0)]
+    finish(layout, *done, *(StageRef("generate", 0, shard) for shard in (2, 5, 6)), config=config)
+    assert "--array=0-1,3-4,7-11%8" in dry_run(config, layout)[0]
+
+
+def test_benchmarks_are_an_array_over_the_tasks_that_are_missing(tmp_path: Path) -> None:
+    stages = {"benchmark": {"gpus_per_node": 1, "max_parallel": 2}, "train": {"ranks_per_node": 2}}
+    tasks = {"lm_eval_tasks": ["arc", "gsm8k", "mmlu"]}
+    config = make_config(parallel={"tensor": 2}, evaluate=tasks, slurm={"stages": stages})
+    layout = RunLayout(tmp_path)
+    words = {words[-2]: words for words in dry_run(config, layout)}
+    assert "--array=0-2%2" in words["benchmark"]
+    assert {"--ntasks-per-node=1", "--gpus-per-node=1"} <= set(words["benchmark"]), "one process, not the ranks of train"
+    # A benchmark needs theta alone: it runs though the evaluation failed. What goes on waits for all of them.
+    assert "--dependency=afterany:<job of evaluate 0>" in words["benchmark"]
+    assert "--dependency=afterany:<job of benchmark 0>" in words["advance"]
+    first = [ref for ref in line(config) if made_in(ref) == 0 and ref != StageRef("benchmark", 0, 1)]
+    finish(layout, *first, config=config)
+    assert [(words[-2], words[3]) for words in dry_run(config, layout)] == [("benchmark", "--array=1%2"), ("advance", "--array=0-1%1")]
+
+
+def test_a_rule_of_stop_ends_the_chain_where_it_fired(tmp_path: Path) -> None:
+    config, layout = make_config(stop={"min_ln2_minus_loss": 0.01}), RunLayout(tmp_path)
+    first = [ref for ref in line(config) if made_in(ref) == 0]
+    finish(layout, *first, config=config, summary=NUMBERS | {"ln2_minus_loss": 0.02})
+    assert [link.name for link in chain(config, layout)][:2] == ["build-engine", "generate"]
+    finish(layout, StageRef("evaluate", 0), config=config, summary=NUMBERS | {"ln2_minus_loss": 0.005})
+    assert chain(config, layout) == []
 
 
 def test_a_chain_holds_one_iteration_and_ends_with_the_link_that_goes_on(tmp_path: Path) -> None:
@@ -194,3 +227,16 @@ def test_a_launcher_in_the_config_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("SPIN_ENGINE_PYTHON", raising=False)
     config = make_config(generate={"engine": "vllm", "environment": {"launcher": ["mpirun", "-n", "{ranks}"]}})
     assert engine_changes(config) == []
+
+
+def test_ranks_start_in_the_container_that_env_sh_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPIN_SRUN_OPTIONS", "--container-image='/images/a b.sqsh' --no-container-mount-home")
+    monkeypatch.setenv("SPIN_RANK_PYTHON", "apptainer exec --nv '/images/a b.sif' python3")
+    config, layout = make_config(), RunLayout(tmp_path / "it's a run")
+    layout.root.mkdir()
+    layout.run_json.write_text(config.model_dump_json(), encoding="utf-8")
+    words = srun_command(config, layout, StageRef("generate", 1, 2), tmp_path / "logs")
+    step = ["srun", "--kill-on-bad-exit=1", "--wait=60", "--label", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1"]
+    container = ["--container-image=/images/a b.sqsh", "--no-container-mount-home", "apptainer", "exec", "--nv", "/images/a b.sif"]
+    verb = ["generate", "--run-dir", str(layout.root), "--iteration", "1", "--shard", "2"]
+    assert words == [*step, *container, "python3", "-m", "spin_megatron.launch.rank", str(tmp_path / "logs"), *verb]

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from spin_megatron.config import RunConfig
+from spin_megatron.launch.failures import failures_in_a_row, last_logged_error, progress_of, stop_reason
 from spin_megatron.launch.slurm import SubmittedJob
-from spin_megatron.launch.supervise import failures_in_a_row, last_logged_error, progress_of, stop_reason
 from spin_megatron.pipeline import StageRef, line, log_folder
 from spin_megatron.report import status
 from spin_megatron.report.status import Queue, stage_rows

@@ -1,0 +1,139 @@
+"""What went wrong so far, kept on disk: each failure of an element, how many came in a row, and whether the run is given up.
+
+Failures of a stage count only while it gets no further: one that leaves a new part or checkpoint behind starts the row anew.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spin_megatron.config import RunConfig
+from spin_megatron.pipeline import STAGES, StageRef, folder_of, made_in, missing_stages
+from spin_megatron.run import manifest as manifests
+from spin_megatron.run.layout import RunLayout
+
+# `advance` comes back to a queue that takes no more jobs, or to a controller that is away, for hours.
+MAX_SUBMISSION_FAILURES = 50
+
+
+def record_failure(layout: RunLayout, ref: StageRef | str, *, job: str, restart: int, reason: str) -> None:
+    """Keep a failed try of a stage, or of a submission, for the cap and for `status`."""
+    progress = progress_of(layout, ref) if isinstance(ref, StageRef) else ""
+    _append(layout, {"event": "failed", "ref": str(ref), "job": job, "restart": restart, "reason": reason, "progress": progress})
+
+
+def record_stop(layout: RunLayout, ref: StageRef) -> None:
+    """A planned stop ends a row of failures."""
+    _append(layout, {"event": "stopped", "ref": str(ref)})
+
+
+def record_submission(layout: RunLayout, missing: Sequence[StageRef]) -> None:
+    """A person who submits starts all counts anew. missing: the stages that are not done."""
+    _append(layout, {"event": "submitted", "ref": ""})
+    manifests.write_json(layout.slurm_progress, {"progress": _progress_of_all(layout, missing), "barren": 0})
+
+
+def submission_name(missing: Sequence[StageRef]) -> str:
+    """What failures of `advance` are kept under."""
+    return f"advance {min(made_in(ref) for ref in missing)}"
+
+
+def _append(layout: RunLayout, event: Mapping[str, str | int]) -> None:
+    text = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **event}) + "\n"
+    layout.slurm.mkdir(parents=True, exist_ok=True)
+    with manifests.exclusive(layout.lock), open(layout.slurm_failures, "a", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def count_barren(layout: RunLayout, missing: Sequence[StageRef]) -> int:
+    """Chains in a row after which no stage had got further: none finished, no new part, no new checkpoint. Counts one more chain."""
+    progress, seen = _progress_of_all(layout, missing), _read_progress(layout)
+    barren = int(seen["barren"]) + 1 if progress == seen["progress"] else 0
+    manifests.write_json(layout.slurm_progress, {"progress": progress, "barren": barren})
+    return barren
+
+
+def _progress_of_all(layout: RunLayout, missing: Sequence[StageRef]) -> str:
+    return manifests.digest_values([(str(ref), progress_of(layout, ref)) for ref in missing])
+
+
+def _read_progress(layout: RunLayout) -> dict[str, Any]:
+    if not layout.slurm_progress.exists():
+        return {"progress": "", "barren": 0}
+    found: dict[str, Any] = json.loads(layout.slurm_progress.read_text(encoding="utf-8"))
+    return found
+
+
+def progress_of(layout: RunLayout, ref: StageRef) -> str:
+    """What a stage that resumes has kept so far (parts, checkpoints), as a digest; it changes only when the stage got further."""
+    if not STAGES[ref.name].resumes:
+        return ""
+    folder = folder_of(layout, ref)
+    kept = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if not path.name.startswith(".")]
+    return manifests.digest_values(sorted(str(path.relative_to(folder)) for path in kept))
+
+
+def failures_in_a_row(layout: RunLayout, ref: StageRef | str) -> int:
+    """How often a stage (or `advance T`) failed without getting further, since its last planned stop or a person's last submission."""
+    count, progress = 0, None
+    for event in read_events(layout):
+        if event["event"] == "submitted" or (event["event"] == "stopped" and event["ref"] == str(ref)):
+            count = 0
+        elif event["event"] == "failed" and event["ref"] == str(ref):
+            count = count + 1 if event.get("progress") == progress else 1
+            progress = event.get("progress")
+    return count
+
+
+def read_events(layout: RunLayout) -> list[dict[str, str]]:
+    """The events of failures.jsonl, oldest first; a line cut short by a crash is passed over."""
+    if not layout.slurm_failures.exists():
+        return []
+    events = []
+    for text in layout.slurm_failures.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+def last_error(logs: Path) -> str:
+    """The last error in an attempt's logs, or what its absence means."""
+    return last_logged_error(logs) or "no error was logged: the process was killed from outside, or its node died"
+
+
+def last_logged_error(logs: Path) -> str | None:
+    """The message of the last error line of an attempt; where a traceback follows it, the exception."""
+    found = None
+    for path in sorted(logs.glob("*.log")):
+        in_traceback = False
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if " ERROR " in text:
+                found, in_traceback = text.partition(" ERROR ")[2], False
+            elif text.startswith("Traceback "):
+                in_traceback = True
+            elif in_traceback and text and not text.startswith(" "):
+                found, in_traceback = text, False
+    return found
+
+
+def stop_reason(config: RunConfig, layout: RunLayout) -> str | None:
+    """Why the run is not tried any further, and what to do; None while it is."""
+    missing = missing_stages(config, layout)
+    if not missing:
+        return None
+    caps: dict[StageRef | str, int] = dict.fromkeys(missing, config.slurm.max_failures)
+    caps[submission_name(missing)] = MAX_SUBMISSION_FAILURES
+    advice = f"mend the cause, then: bash slurm/spin_iter.sh {str(layout.root)!r}"
+    for ref, cap in caps.items():
+        if failures_in_a_row(layout, ref) >= cap:
+            reason = [event["reason"] for event in read_events(layout) if event["ref"] == str(ref) and event["event"] == "failed"][-1]
+            return f"{ref} failed {cap} times in a row, last: {reason}; {advice}"
+    barren = _read_progress(layout)["barren"]
+    return f"{barren} chains of jobs in a row got nothing further; {advice}" if barren >= config.slurm.max_failures else None

@@ -1,0 +1,160 @@
+"""What the links do when Slurm refuses, answers late, or leaves half a chain; scripted answers stand in for Slurm's programs."""
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from spin_megatron.config import RunConfig
+from spin_megatron.launch import slurm, supervise
+from spin_megatron.launch.failures import MAX_SUBMISSION_FAILURES, record_failure, stop_reason
+from spin_megatron.launch.slurm import read_jobs, submit
+from spin_megatron.launch.supervise import Element, advance
+from spin_megatron.pipeline import StageRef
+from spin_megatron.run.layout import RunLayout
+from tests.slurm.test_commands import finish, make_config
+
+
+@dataclass
+class Scripted:
+    """Slurm's programs as a list of what was called. refusals: sbatch calls, counted from 0, that fail with this text."""
+
+    layout: RunLayout
+    refusals: dict[int, str] = field(default_factory=dict)
+    queue: list[str] = field(default_factory=list)
+    late: set[int] = field(default_factory=set)
+    calls: list[list[str]] = field(default_factory=list)
+    num_sbatch: int = 0
+
+    def __call__(self, words: Sequence[str], **_options: bool) -> subprocess.CompletedProcess[str]:
+        self.calls.append(list(words))
+        if words[0] == "sbatch":
+            number = self.num_sbatch
+            self.num_sbatch += 1
+            name = next(word.partition("=")[2] for word in words if word.startswith("--job-name="))
+            if number not in self.refusals or number in self.late:
+                self.queue.append(f"{100 + number}|{100 + number}_0|PENDING|{name}")
+            if number in self.refusals:
+                return subprocess.CompletedProcess(words, 1, "", self.refusals[number])
+            return subprocess.CompletedProcess(words, 0, f"{100 + number}\n", "")
+        if words[0] == "squeue":
+            rows = [row.split("|") for row in self.queue]
+            named = [word.partition("=")[2] for word in words if word.startswith("--name=")]
+            if named:
+                return subprocess.CompletedProcess(words, 0, "".join(f"{r[0]}|{self.layout.root}\n" for r in rows if r[3] in named), "")
+            return subprocess.CompletedProcess(words, 0, "".join("|".join(r[:3]) + "\n" for r in rows), "")
+        if words[0] == "scancel":
+            self.queue = [row for row in self.queue if row.split("|")[0] not in words]
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    def called(self, program: str) -> list[list[str]]:
+        return [words for words in self.calls if words[0] == program]
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunConfig, RunLayout, Scripted]:
+    """A run whose data, engine and shards are there: merge, train, export, evaluate and advance are missing."""
+    config, layout = make_config(run={"name": "r", "iterations": 1}), RunLayout(tmp_path / "a run")
+    done = [StageRef("export", 0), StageRef("prepare"), StageRef("build-engine", 0), *(StageRef("generate", 0, k) for k in range(3))]
+    finish(layout, *done, config=config)
+    programs = Scripted(layout)
+    monkeypatch.setattr(slurm, "run_slurm", programs)
+    monkeypatch.setattr(supervise, "run_slurm", programs)
+    monkeypatch.setattr(slurm, "check_config", lambda config: None)
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    return config, layout, programs
+
+
+FIRST_SLOT, SECOND_SLOT = Element("90", "90", 0, 0), Element("91", "90", 1, 0)
+
+
+def links_of(layout: RunLayout) -> list[str]:
+    return [job.link for job in read_jobs(layout.slurm_jobs(0))]
+
+
+def test_a_refused_job_takes_the_rest_of_its_chain_out_of_the_queue(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
+    config, layout, programs = started
+    programs.refusals = {2: "Job violates accounting/QOS policy (job submit limit)"}
+    with pytest.raises(ValueError, match=r"sbatch refused export 1: Job violates .* no job of this chain is left in the queue"):
+        submit(config, layout)
+    assert programs.called("scancel") == [["scancel", "100", "101"]]
+    assert programs.queue == []
+    programs.refusals = {}
+    assert [job.link for job in submit(config, layout)] == ["merge", "train", "export", "evaluate", "advance"]
+
+
+def test_the_link_that_goes_on_tries_a_refused_job_again(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
+    config, layout, programs = started
+    programs.refusals = {1: "Socket timed out on send/recv operation", 2: "Socket timed out on send/recv operation"}
+    layout.slurm.mkdir()
+    assert advance(config, layout, FIRST_SLOT) == 0
+    assert links_of(layout) == ["merge", "train", "export", "evaluate", "advance"]
+    assert programs.num_sbatch == 5 + 2
+
+
+def test_a_job_that_was_accepted_without_an_answer_is_not_submitted_twice(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
+    config, layout, programs = started
+    programs.refusals, programs.late = {1: "Socket timed out on send/recv operation"}, {1}
+    layout.slurm.mkdir()
+    assert advance(config, layout, FIRST_SLOT) == 0
+    assert [job.job_id for job in read_jobs(layout.slurm_jobs(0))] == ["100", "101", "102", "103", "104"]
+    assert "--dependency=afterany:101" in programs.called("sbatch")[2], "export waits for the train job that was found"
+
+
+def test_a_queue_that_stays_full_requeues_the_link_and_in_the_end_stops_the_run(
+    started: tuple[RunConfig, RunLayout, Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, layout, programs = started
+    programs.refusals = dict.fromkeys(range(1000), "job submit limit")
+    layout.slurm.mkdir()
+    assert advance(config, layout, FIRST_SLOT) == 75
+    assert programs.called("scontrol") == [["scontrol", "requeue", "90_0"]]
+    assert stop_reason(config, layout) is None
+    for _ in range(MAX_SUBMISSION_FAILURES - 1):
+        record_failure(layout, "advance 0", job="90_0", restart=0, reason="job submit limit")
+    reason = stop_reason(config, layout)
+    assert reason is not None
+    assert reason.startswith(f"advance 0 failed {MAX_SUBMISSION_FAILURES} times in a row, last: job submit limit")
+
+
+def test_half_a_chain_gets_the_link_that_goes_on_and_nothing_else(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
+    config, layout, programs = started
+    submit(config, layout)
+    programs.queue = [row for row in programs.queue if row.split("|")[0] in ("101", "102")]  # train and export alone are left
+    assert [(job.link, job.job_id) for job in submit(config, layout)] == [("advance", "105")]
+    assert "--dependency=afterany:101:102" in programs.called("sbatch")[-1]
+    assert submit(config, layout) == [], "a link that goes on is queued now"
+
+
+def test_the_second_slot_leaves_a_requeued_first_one_its_work_and_replaces_a_killed_one(
+    started: tuple[RunConfig, RunLayout, Scripted],
+) -> None:
+    config, layout, programs = started
+    layout.slurm.mkdir()
+    layout.iteration(0).mkdir(exist_ok=True)
+    slurm.manifests.write_json(layout.slurm_jobs(0), [{"job_id": "90", "link": "advance", "iteration": 0, "array": "0-1%1"}])
+    programs.queue = ["90|90_0|PENDING|x", "90|90_1|RUNNING|x"]
+    assert advance(config, layout, SECOND_SLOT) == 0
+    assert programs.num_sbatch == 0
+    programs.queue = ["90|90_1|RUNNING|x"]
+    assert advance(config, layout, SECOND_SLOT) == 0
+    assert links_of(layout)[1:] == ["merge", "train", "export", "evaluate", "advance"]
+
+
+def test_chains_that_made_a_checkpoint_are_not_barren(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
+    config, layout, programs = started
+    submit(config, layout)
+    for step in range(4):
+        programs.queue = []
+        (layout.checkpoints(0) / f"step_{step}").mkdir(parents=True)
+        assert advance(config, layout, FIRST_SLOT) == 0
+    codes = []
+    for _ in range(config.slurm.max_failures):
+        programs.queue = []
+        codes.append(advance(config, layout, FIRST_SLOT))
+    assert codes == [0, 0, 1]
+    reason = stop_reason(config, layout)
+    assert reason is not None
+    assert reason.startswith("3 chains of jobs in a row got nothing further")
