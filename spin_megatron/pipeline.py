@@ -135,7 +135,7 @@ STAGES: dict[StageName, Stage] = {
     ),
     "benchmark": Stage(
         "benchmark",
-        (*_HARNESS_SETTINGS, "train.dtype"),
+        (*_HARNESS_SETTINGS, "train.precision"),
         lambda layout, ref: layout.benchmark(ref.iteration, ref.shard or 0),
         lambda config, t: (StageRef("export", t + 1),),
     ),

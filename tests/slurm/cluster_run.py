@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.slurm import read_jobs
-from spin_megatron.pipeline import StageRef, folder_of, line, log_folder, made_in
+from spin_megatron.pipeline import StageRef, folder_of, line, log_folder, made_in, missing_stages
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
 from spin_megatron.run.records import SpinPair, read_rows
@@ -24,12 +24,13 @@ from tools.local_slurm.processes import read_proc
 
 REPOSITORY = Path(__file__).parents[2]
 SPIN_ITER = REPOSITORY / "slurm" / "spin_iter.sh"
-# Tensor 2 x data 2 on two nodes of two ranks; enough updates that a fault can fall between two of them.
+# Tensor 2 x data 2 on two nodes of two ranks; enough updates that a fault can fall between two of them, a checkpoint every second.
 SETTINGS = (
     "parallel.tensor=2",
     "parallel.pipeline=1",
     "parallel.data=2",
     "train.global_batch_pairs=4",
+    "train.schedule_epochs=1",
     "generate.num_shards=2",
     "generate.rows_per_part=4",
     "slurm.max_failures=8",
@@ -39,8 +40,10 @@ SETTINGS = (
     "slurm.stages.evaluate.nodes=2",
     "slurm.stages.evaluate.ranks_per_node=2",
 )
-WAIT_SECONDS = 420.0
-POLL_SECONDS = 0.1
+WAIT_SECONDS = 300.0
+POLL_SECONDS = 0.05
+HURRY_SECONDS = 0.5
+CREDENTIAL_SECONDS = 1.1
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,22 @@ class ClusterRun:
 
     cluster: Cluster
     layout: RunLayout
+    waiting_since: dict[str, float] = field(default_factory=dict)
 
     @property
     def config(self) -> RunConfig:
         return RunConfig.from_json(self.layout.run_json.read_text(encoding="utf-8"))
 
-    def submit(self, *options: str) -> None:
-        """`sbatch slurm/spin_iter.sh RUN_DIR`, and wait until that job submitted the chain."""
+    def submit(self, *options: str, target: Path | None = None) -> int:
+        """`sbatch slurm/spin_iter.sh RUN_DIR`, and wait until that job has ended well; returns how many jobs it submitted."""
         before = len(self.job_ids())
         log = self.layout.root.parent / f"{self.layout.root.name} submission.log"
-        words = ["sbatch", "--parsable", f"--output={log}", "--open-mode=append", str(SPIN_ITER), str(self.layout.root), *options]
-        job = self.slurm(*words, cwd=REPOSITORY).strip()
+        pattern = str(log).replace("%", "%%")
+        words = ["sbatch", "--parsable", f"--output={pattern}", "--open-mode=append", str(SPIN_ITER), str(target or self.layout.root)]
+        job = self.slurm(*words, *options, cwd=REPOSITORY).strip()
         self.wait(lambda: self.job_state(job) in ("COMPLETED", "FAILED"), "the end of the job that submits")
         assert self.job_state(job) == "COMPLETED", log.read_text(encoding="utf-8")
-        assert len(self.job_ids()) > before, log.read_text(encoding="utf-8")
+        return len(self.job_ids()) - before
 
     def slurm(self, *words: str, cwd: Path | None = None) -> str:
         """Run one of Slurm's programs, which must succeed; a question is asked again, as a loaded controller may not answer."""
@@ -77,9 +82,10 @@ class ClusterRun:
     def job_ids(self) -> list[str]:
         return [job.job_id for path in self.layout.all_slurm_jobs() for job in read_jobs(path)]
 
-    def newest_job(self, link: str) -> str:
+    def newest_job(self, link: str, iteration: int = 0) -> str:
         """The array job of a link that was submitted last."""
-        return [job.job_id for path in self.layout.all_slurm_jobs() for job in read_jobs(path) if job.link == link][-1]
+        jobs = [job for path in self.layout.all_slurm_jobs() for job in read_jobs(path)]
+        return [job.job_id for job in jobs if (job.link, job.iteration) == (link, iteration)][-1]
 
     def job_state(self, job: str) -> str:
         """PENDING, RUNNING, COMPLETED, ... of a job or array element (JOB_TASK)."""
@@ -91,12 +97,12 @@ class ClusterRun:
         words = self.slurm("scontrol", "--oneliner", "show", "job", element).split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
-    def running(self, link: str) -> str | None:
-        """The element of a link that runs now, as JOB_TASK."""
+    def running(self, ref: StageRef) -> str | None:
+        """The element of a stage that runs now, as JOB_TASK."""
         listing = self.slurm("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i|%F")
         ours = [row.strip().split("|") for row in listing.splitlines()]
-        newest = self.newest_job(link)
-        return next((name for name, job in ours if job == newest), None)
+        newest = self.newest_job(ref.name, ref.iteration)
+        return next((name for name, job in ours if job == newest and ref.shard in (None, int(name.partition("_")[2]))), None)
 
     def queued(self) -> list[str]:
         """Rows of squeue of this run's jobs."""
@@ -108,7 +114,7 @@ class ClusterRun:
         return read_manifest(folder_of(self.layout, ref)) is not None
 
     def is_complete(self) -> bool:
-        return all(self.is_done(ref) for ref in line(self.config)) and not self.queued()
+        return not missing_stages(self.config, self.layout) and not self.queued()
 
     def num_updates(self, iteration: int = 0) -> int:
         path = self.layout.metrics(iteration)
@@ -123,17 +129,22 @@ class ClusterRun:
         while not condition():
             now = time.monotonic()
             assert now < deadline, f"{what} did not happen in {seconds:.0f} s\n{self.describe()}"
-            if now - hurried > 1:
+            if now - hurried > HURRY_SECONDS:
                 hurried = now
                 self._hurry()
             time.sleep(POLL_SECONDS)
 
     def _hurry(self) -> None:
-        """Slurm lets a requeued job wait until its old credential has expired; here nothing is left of its old life."""
-        listing = self.slurm("squeue", "--noheader", "--states=PENDING", "--format=%i|%r")
-        for row in listing.splitlines():
-            name, reason = row.strip().split("|")
-            if reason == "BeginTime":
+        """Slurm lets a requeued job wait until what is left of its old life has surely gone; here it may start once it has."""
+        listing = self.slurm("squeue", "--noheader", "--states=PENDING", "--format=%A|%i|%r")
+        waiting = [row.strip().split("|") for row in listing.splitlines() if row.strip().endswith("|BeginTime")]
+        daemons = b"".join(read_proc(pid, "cmdline") for pid in self.cluster.step_pids()) if waiting else b""
+        since = {name: self.waiting_since.get(name, time.monotonic()) for _, name, _ in waiting}
+        self.waiting_since.clear()
+        self.waiting_since.update(since)
+        for job, name, _ in waiting:
+            # Credentials are revoked by the second; a step daemon that still clears its control group would kill the new life too.
+            if time.monotonic() - since[name] > CREDENTIAL_SECONDS and f"[{job}.".encode() not in daemons:
                 subprocess.run(["scontrol", "update", f"jobid={name}", "starttime=now"], capture_output=True, timeout=60, check=False)
 
     def finish(self, *, seconds: float = WAIT_SECONDS) -> None:
@@ -146,9 +157,12 @@ class ClusterRun:
         logs = os.fsencode(log_folder(self.layout, ref)) + b"/"  # of this shard and no other
         return self._pids(node, [b"spin_megatron.launch.rank", ref.name.encode()], logs)
 
-    def supervisor_pids(self, link: str, node: str) -> list[int]:
-        """The batch shell on a node, which has become the supervisor."""
-        return self._pids(node, [b"spin_megatron.launch.supervise", link.encode()])
+    def shell_pids(self, element: str) -> list[int]:
+        """The batch shell of an element (JOB_TASK), which has become the supervisor."""
+        job, _, task = element.partition("_")
+        wanted = {f"SLURM_ARRAY_JOB_ID={job}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
+        pids = self._pids(None, [b"spin_megatron.launch.supervise"])
+        return [pid for pid in pids if wanted <= set(read_proc(pid, "environ").split(b"\0"))]
 
     def _pids(self, node: str | None, words: Sequence[bytes], logs: bytes = b"") -> list[int]:
         """Python processes whose command holds these words and this run's folder (srun's holds them too, behind its options)."""
@@ -157,10 +171,31 @@ class ClusterRun:
         python = {pid: command for pid, command in commands.items() if command[1:2] == [b"-m"]}
         return [pid for pid, command in python.items() if wanted <= set(command) and command[3].startswith(logs)]
 
-    def wait_for_ranks(self, ref: StageRef, count: int = 1) -> list[int]:
-        """Wait until a stage's ranks run; returns their processes."""
-        self.wait(lambda: len(self.rank_pids(ref)) >= count, f"the start of {count} ranks of {ref}")
-        return self.rank_pids(ref)
+    def wait_for_ranks(self, ref: StageRef, count: int = 1) -> str:
+        """Wait until a stage's ranks run, not those of a life that is being ended; returns their element, as JOB_TASK."""
+        found: list[str | None] = []
+
+        def is_running() -> bool:
+            found.append(self.running(ref))
+            return found[-1] is not None and len(self.rank_pids(ref)) >= count
+
+        self.wait(is_running, f"the start of {count} ranks of {ref}")
+        return found[-1] or ""
+
+    def catch(self, *refs: StageRef, count: int = 1) -> list[str]:
+        """Stop (SIGSTOP) each stage's ranks as soon as they run, so that a fault finds them unfinished; returns their elements."""
+        caught: dict[StageRef, str] = {}
+
+        def has_caught_all() -> bool:
+            for ref in refs:
+                element = None if ref in caught else self.running(ref)
+                if element is not None and len(pids := self.rank_pids(ref)) >= count:
+                    signal_all(pids, signal.SIGSTOP)
+                    caught[ref] = element
+            return len(caught) == len(refs)
+
+        self.wait(has_caught_all, f"the start of {', '.join(map(str, refs))}")
+        return [caught[ref] for ref in refs]
 
     def preempt(self, what: Callable[[], bool]) -> None:
         """Take every node for a moment from a partition of higher priority, until `what` says that it hit."""
@@ -170,6 +205,19 @@ class ClusterRun:
             self.wait(what, "preemption")
         finally:
             self.slurm("scancel", job)
+
+    def requeue(self, element: str) -> None:
+        """What a person or an administrator does; waits until the new life is counted."""
+        before = self.restarts(element)
+        self.slurm("scontrol", "requeue", element)
+        self.wait(lambda: self.restarts(element) > before, f"the requeue of {element}")
+
+    def preempt_element(self, element: str) -> None:
+        before = self.restarts(element)
+        self.preempt(lambda: self.restarts(element) > before)
+
+    def restarts(self, element: str) -> int:
+        return int(self.fact(element, "Restarts"))
 
     def nodes_of(self, element: str) -> list[str]:
         return self.slurm("scontrol", "show", "hostnames", self.fact(element, "NodeList")).split()
@@ -191,17 +239,19 @@ def signal_all(pids: Sequence[int], number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def fork(source: RunLayout, root: Path, *, removed: Sequence[str]) -> RunLayout:
-    """A copy of a finished run as one of a single iteration that still has to run the named stages (`export` means theta_1)."""
-    ignored = shutil.ignore_patterns("iter_1", "theta_2", "logs", "locks")
+def fork(source: RunLayout, root: Path, *, removed: Sequence[str], tasks: Sequence[str] = ()) -> RunLayout:
+    """A copy of a finished run as one of a single iteration that has yet to run the named stages (`export`: theta_1) and tasks."""
+    ignored = shutil.ignore_patterns("iter_1", "theta_2", "logs", "locks", "slurm", "slurm_jobs.json")
     shutil.copytree(source.root, root, symlinks=True, ignore=ignored, dirs_exist_ok=True)
     layout = RunLayout(root)
-    values = json.loads(layout.run_json.read_text(encoding="utf-8"))
-    values["run"]["iterations"] = 1
-    layout.run_json.write_text(json.dumps(values), encoding="utf-8")
+    for file in (layout.run_json, layout.changes_json):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values.get("run", {})["iterations"] = 1
+        values.get("evaluate", {})["lm_eval_tasks"] = list(tasks)
+        file.write_text(json.dumps(values), encoding="utf-8")
     config = RunConfig.from_json(layout.run_json.read_text(encoding="utf-8"))
     for ref in line(config):
-        if ref.name in removed and ref != StageRef("export", 0):
+        if ref.name in removed and (ref != StageRef("export", 0) or "export 0" in removed):
             shutil.rmtree(folder_of(layout, ref))
     return layout
 

@@ -1,10 +1,11 @@
-"""A real Slurm of four virtual nodes for the tests of this folder, and the run that nothing disturbs."""
+"""A real Slurm of four virtual nodes for the tests of this folder, and a run on it that nothing disturbs."""
 
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from spin_megatron.run.layout import RunLayout
-from tests.slurm.cluster_run import REPOSITORY, SETTINGS
-from tests.tiny_run import make_tiny_run, spin_megatron
+from tests.slurm.cluster_run import REPOSITORY, SETTINGS, ClusterRun
+from tests.tiny_run import make_tiny_run
 from tools.local_slurm.cluster import Cluster
 from tools.local_slurm.configuration import FREEZER, Options, Tracking
 from tools.local_slurm.processes import SlurmLocalError
@@ -34,8 +35,8 @@ def _reason_to_skip() -> str | None:
 def private_folder() -> Iterator[Path]:
     """A folder whose path is short enough for Unix sockets; skips, or in CI fails, where the cluster cannot run."""
     reason = _reason_to_skip()
-    if reason is not None and os.environ.get("CI"):
-        pytest.fail(f"tests of the real Slurm must not be skipped in CI: {reason}")
+    if reason is not None and os.environ.get("SPIN_SLURM_REQUIRED"):
+        pytest.fail(f"SPIN_SLURM_REQUIRED is set, and the tests of the real Slurm cannot run: {reason}")
     if reason is not None:
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="spin-"))
@@ -95,12 +96,15 @@ def _tracking() -> Tracking:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
-    """Two iterations on this machine without Slurm, in the layout of the cluster's runs: what each of them must end with."""
-    folder = tmp_path_factory.mktemp("it's a \"slurm\" run")
+def undisturbed(cluster: Cluster, private_folder: Path) -> RunLayout:
+    """Two iterations through `sbatch slurm/spin_iter.sh CONFIG`, on two nodes of two ranks: what every disturbed run must end with."""
+    folder = private_folder / "it's a \"50%\" run"
     config = make_tiny_run(folder)
-    root = folder / "local run"
+    run = ClusterRun(cluster, RunLayout(folder / "undisturbed run"))
+    run.layout.root.mkdir()
     settings = [option for setting in SETTINGS for option in ("--set", setting)]
-    result = spin_megatron("run", config, "--run-dir", root, *settings, timeout=1800)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return RunLayout(root)
+    began = time.monotonic()
+    run.submit("--run-dir", str(run.layout.root), *settings, target=config)
+    run.finish()
+    print(f"two iterations on two nodes: {time.monotonic() - began:.0f} s")
+    return run.layout

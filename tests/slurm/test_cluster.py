@@ -1,28 +1,32 @@
-"""The loop on a real Slurm: undisturbed, and with the faults of a real cluster; each run ends with the same pairs and weights."""
+"""The loop on a real Slurm that nothing disturbs: two iterations on two nodes of two ranks, tensor 2 x data 2."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from spin_megatron.pipeline import StageRef
+from spin_megatron.config import RunConfig
+from spin_megatron.launch.slurm import read_jobs
+from spin_megatron.pipeline import StageRef, line, log_folder
 from spin_megatron.run.layout import RunLayout
-from tests.slurm.cluster_run import ClusterRun, assert_same_result
-from tools.local_slurm.cluster import Cluster
+from tests.slurm.cluster_run import assert_same_result, fork
+from tests.tiny_run import spin_megatron
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
-def test_two_iterations_on_two_nodes_end_with_the_weights_of_a_local_run(
-    cluster: Cluster, undisturbed: RunLayout, tmp_path: Path
-) -> None:
-    root = tmp_path / "it's a \"cluster\" run"
-    root.mkdir()
-    shutil.copy(undisturbed.run_json, root)
-    run = ClusterRun(cluster, RunLayout(root))
-    run.submit()
-    run.finish(seconds=1800)
-    assert_same_result(run.layout, undisturbed, iterations=2)
-    # One chain an iteration, and no stage needed a second attempt.
-    assert len(run.job_ids()) == 9 + 7
-    assert {run.num_attempts(StageRef("train", t)) for t in (0, 1)} == {1}
+def test_each_iteration_is_one_chain_in_which_no_stage_needs_a_second_attempt(undisturbed: RunLayout) -> None:
+    chains = [[job.link for job in read_jobs(undisturbed.slurm_jobs(t))] for t in (0, 1)]
+    every = ["build-engine", "generate", "merge", "train", "export", "evaluate", "advance"]
+    assert chains == [["export", "prepare", *every], every]
+    config = RunConfig.from_json(undisturbed.run_json.read_text(encoding="utf-8"))
+    attempts = {str(ref): sum(1 for _ in log_folder(undisturbed, ref).glob("attempt_*")) for ref in line(config)}
+    # theta_0's logs lie with those of theta_1, which is made in the same iteration.
+    assert attempts == {str(ref): 2 if ref.name == "export" and ref.iteration < 2 else 1 for ref in line(config)}
+
+
+def test_training_on_this_machine_without_slurm_ends_with_the_same_weights(undisturbed: RunLayout, tmp_path: Path) -> None:
+    layout = fork(undisturbed, tmp_path / "run", removed=("train", "export"))
+    for ref in (StageRef("train", 0), StageRef("export", 1)):
+        result = spin_megatron(ref.name, "--run-dir", layout.root, "--iteration", str(ref.iteration), timeout=300)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert_same_result(layout, undisturbed, iterations=1)

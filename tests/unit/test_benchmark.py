@@ -30,7 +30,7 @@ results = {"gsm8k": {"alias": "gsm8k", "acc,none": 0.5, "acc_stderr,none": 0.25}
 
 
 def make_config(**evaluate: object) -> RunConfig:
-    values = {"model": {"path": "m"}, "data": {"source": "d"}, "run": {"iterations": 1}, "train": {"dtype": "float32"}}
+    values = {"model": {"path": "m"}, "data": {"source": "d"}, "run": {"iterations": 1}, "train": {"precision": "fp32"}}
     return RunConfig.model_validate({**values, "evaluate": {"lm_eval_tasks": ["arc", "gsm8k"], **evaluate}})
 
 
