@@ -305,6 +305,9 @@ def examine_programs() -> Iterator[Finding]:
 
 def examine_trtllm() -> Iterator[Finding]:
     """Whether the TensorRT-LLM of this environment is what the generation worker was written for; its source is read, not imported."""
+    if installed("packaging") is None:
+        yield Finding("packaging", "problem", "not installed", "versions cannot be compared without it: pip install packaging")
+        return
     # Here, so that the doctor starts where packaging is missing.
     from spin_megatron.generation.trtllm_surface import differences, release_line
 

@@ -152,3 +152,10 @@ def test_the_doctor_reads_an_installed_copy_without_importing_it(tmp_path: Path)
     assert result.returncode == 2, result.stderr
     assert "SamplingParams.max_tokens defaults to 16, the table says 32" in result.stdout
     assert "trtllm-engine" in result.stdout
+
+
+def test_the_doctor_of_a_python_without_packages_says_what_it_needs() -> None:
+    command = [sys.executable, "-I", "-S", str(REPOSITORY / "tools" / "doctor.py"), "--environment", "trtllm"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (2, "")
+    assert "pip install packaging" in result.stdout
