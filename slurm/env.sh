@@ -16,7 +16,8 @@ export SPIN_RANK_PYTHON="${SPIN_RANK_PYTHON:-$(printf %q "$SPIN_PYTHON")}"
 export SPIN_SRUN_OPTIONS="${SPIN_SRUN_OPTIONS:-}"
 
 # An engine of another environment ([generate] engine = "trtllm-engine", "trtllm-torch" or "vllm"): further srun options of its steps,
-# shell-quoted, and its Python inside them. The host's SPIN_PYTHON drives it. With pyxis and enroot, for example:
+# and what starts its Python inside them, both as shell-quoted words. The host's SPIN_PYTHON, which needs packaging too, drives it.
+# With pyxis and enroot, for example (with Apptainer it is all in SPIN_ENGINE_PYTHON, as above):
 #   SPIN_ENGINE_SRUN_OPTIONS="--container-image=/images/trtllm-1.2.1.sqsh --container-mounts=/lustre:/lustre --no-container-mount-home"
 # The config's [generate.environment] says the same for one run; its launcher, where it has one, replaces srun and these options.
 export SPIN_ENGINE_SRUN_OPTIONS="${SPIN_ENGINE_SRUN_OPTIONS:-}"

@@ -219,7 +219,7 @@ def step_command(config: RunConfig, layout: RunLayout, ref: StageRef, logs: Path
 def engine_changes(config: RunConfig) -> list[str]:
     """[generate.environment] of a Slurm job, as --set options: srun is the launcher unless the config names one, env.sh adds the rest.
 
-    SPIN_ENGINE_SRUN_OPTIONS holds the engine's container, SPIN_ENGINE_PYTHON the interpreter in it.
+    SPIN_ENGINE_SRUN_OPTIONS holds the engine's container, SPIN_ENGINE_PYTHON what starts the interpreter in it, as shell-quoted words.
     """
     changed: dict[str, object] = {}
     if not config.generate.environment.launcher:
@@ -227,8 +227,9 @@ def engine_changes(config: RunConfig) -> list[str]:
         shape = ["--nodes=1", "--ntasks={ranks}", "--ntasks-per-node={ranks}", "--cpu-bind=none", "--kill-on-bad-exit=1"]
         options = shlex.split(os.environ.get("SPIN_ENGINE_SRUN_OPTIONS", ""))
         changed["launcher"] = ["srun", "--mpi=pmix", *shape, *options]
-    if os.environ.get("SPIN_ENGINE_PYTHON"):
-        changed["python"] = os.environ["SPIN_ENGINE_PYTHON"]
+    words = shlex.split(os.environ.get("SPIN_ENGINE_PYTHON", ""))
+    if words:
+        changed |= {"prefix": words[:-1], "python": words[-1]}
     return [f"generate.environment.{name}={json.dumps(value)}" for name, value in changed.items()]
 
 

@@ -210,14 +210,14 @@ def test_an_engine_gets_the_gpus_it_is_told_to_run_on() -> None:
 
 def test_the_driver_of_an_engine_runs_in_the_batch_shell_and_its_step_under_srun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPIN_ENGINE_SRUN_OPTIONS", "--container-image='/my images/trtllm.sqsh'")
-    monkeypatch.setenv("SPIN_ENGINE_PYTHON", "/usr/bin/python3.12")
+    monkeypatch.setenv("SPIN_ENGINE_PYTHON", "apptainer exec 'my image.sif' /usr/bin/python3.12")
     config, layout = engine_config(tensor_parallel=4), RunLayout(tmp_path)
     layout.run_json.write_text(config.model_dump_json())
     words = step_command(config, layout, StageRef("generate", 0, 0), tmp_path / "logs")
     assert words[:4] == ["env", "SLURM_PROCID=0", "SLURM_NTASKS=1", "SLURM_LOCALID=0"]
     # What the stage's process reads of it is the engine's command: srun, the container, its Python.
     environment = open_run(tmp_path, [word for word in words if word.startswith("generate.environment.")])[0].generate.environment
-    assert environment.python == "/usr/bin/python3.12"
+    assert (environment.prefix, environment.python) == (["apptainer", "exec", "my image.sif"], "/usr/bin/python3.12")
     assert environment.launcher[:2] == ["srun", "--mpi=pmix"]
     assert {"--nodes=1", "--ntasks={ranks}", "--container-image=/my images/trtllm.sqsh"} <= set(environment.launcher)
     assert step_command(config, layout, StageRef("merge", 0), tmp_path / "logs")[0] == "srun"
