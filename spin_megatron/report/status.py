@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -151,7 +152,25 @@ def _view(config: RunConfig, layout: RunLayout) -> Group:
     if (reason := why_stopped(config, layout)) is not None:
         notes.append(Text(f"stopped: {reason}", style="bold red"))
     scores = benchmarks(config, layout)
-    return Group(_table(config, rows), *notes, *([scores] if scores.row_count else []))
+    return Group(_table(config, rows), *_answer_bars(config, layout, rows), *notes, *([scores] if scores.row_count else []))
+
+
+def _answer_bars(config: RunConfig, layout: RunLayout, rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """A bar over the shards of each iteration that is being answered."""
+    from spin_megatron.launch.loop import num_answered
+    from spin_megatron.run.records import num_rows
+
+    bars = []
+    for t in range(config.run.iterations):
+        states = [row["state"] for row in rows if (row["stage"], row["iteration"]) == ("generate", t)]
+        answered = num_answered(config, layout, t)
+        if not answered or all(state == "done" for state in states):
+            continue
+        total = sum(num_rows(path) for path in (layout.prompts, layout.held_out))
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(f"generate {t}", ProgressBar(total, answered, width=40), f"{answered} of {total} answers, {len(states)} shards")
+        bars.append(bar)
+    return bars
 
 
 def _name(row: Mapping[str, Any]) -> str:

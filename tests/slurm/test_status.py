@@ -12,6 +12,7 @@ from spin_megatron.pipeline import StageRef, line, log_folder
 from spin_megatron.report import status
 from spin_megatron.report.status import Queue, stage_rows
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.records import GeneratedRow, PromptRow, write_rows
 from tests.slurm.test_commands import finish, make_config
 
 
@@ -103,3 +104,16 @@ def test_the_view_holds_job_ids_errors_and_the_reason_of_a_stop(tmp_path: Path) 
     assert "generate 0 shard 0: 1 attempts, 3 failures in a row, last error: no [bold]room[/bold]" in text
     assert "stopped: generate 0 shard 0 failed 3 times in a row" in text
     assert len(line(config)) == len(stage_rows(config, layout))
+
+
+def test_an_iteration_that_is_being_answered_has_a_bar_over_its_shards(tmp_path: Path) -> None:
+    config, layout = some_run(tmp_path)
+    write_rows(layout.prompts, [PromptRow(f"ex-{i}", (5,), (6,), False) for i in range(9)], PromptRow)
+    write_rows(layout.held_out, [PromptRow("held", (5,), (6,), False)], PromptRow)
+    console = Console(record=True, width=160)
+    console.print(status._view(config, layout))
+    assert "answers" not in console.export_text()
+    for shard, number in ((1, 0), (2, 0), (2, 1)):
+        write_rows(layout.part(0, shard, number), [GeneratedRow("x", (7, 2), "stop", 1)] * 2, GeneratedRow)
+    console.print(status._view(config, layout))
+    assert "6 of 10 answers, 3 shards" in console.export_text()
