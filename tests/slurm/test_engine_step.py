@@ -60,8 +60,6 @@ def test_two_ranks_build_and_answer_in_steps_of_a_job_with_one_task(cluster: Clu
     for verb in ("export", "prepare"):
         done = spin_megatron(verb, "--run-dir", layout.root, "--iteration", "0")
         assert done.returncode == 0, done.stderr
-    layout.slurm.mkdir()
-    layout.slurm_overrides.write_text("[]")
     # This Slurm has no pmix, which the real launcher needs and the double does not.
     variables = {"SPIN_ENGINE_SRUN_OPTIONS": "--mpi=none"}
     log = run_job(layout, StageRef("build-engine", 0), variables)
