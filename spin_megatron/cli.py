@@ -4,7 +4,6 @@ A verb's code is imported when the verb is called, so `--help`, `status` and `su
 """
 
 import argparse
-import errno
 import importlib
 import logging
 import os
@@ -15,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher, end_with_parent
-from spin_megatron.run.manifest import StageIncomplete, StaleStage
+from spin_megatron.run.manifest import StageIncomplete, StaleStage, is_disk_full
 
 DEFECT = 1
 _STAGE_VERBS = {
@@ -203,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("%s", error)
         return INCOMPLETE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_disk_full(error):
             logger.exception("failed")
             return DEFECT
         logger.error("The disk is full (%s). Free space, then run the same command again: it goes on from the last whole file.", error)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spin_megatron.data.formats import FormatName, RowFormat, Turns, choose_format, content_id, read_conversation, read_id
+from spin_megatron.run.manifest import is_disk_full
 from spin_megatron.run.records import SftExample
 from spin_megatron.run.telemetry import progress_bar
 
@@ -158,8 +159,13 @@ def _refuse_mixed_types(folder: Path, chosen: list[Path]) -> None:
         )
 
 
+def is_commit(revision: str) -> bool:
+    """Whether a revision names one state of a hub repository for good: 40 hex digits, no branch or tag."""
+    return _COMMIT.fullmatch(revision) is not None
+
+
 def _hub_rows(name: str, split: str, subset: str | None, revision: str | None) -> Rows:
-    if revision is None or not _COMMIT.fullmatch(revision):
+    if revision is None or not is_commit(revision):
         raise ValueError(
             f"data.source={name!r} is no local path, so it is a dataset of the hub, and data.revision={revision!r} does not pin it: "
             "a name or branch may point to other data tomorrow. Set data.revision to a commit of 40 hex digits. The dataset's page "
@@ -170,6 +176,8 @@ def _hub_rows(name: str, split: str, subset: str | None, revision: str | None) -
     try:
         dataset = datasets.load_dataset(name, name=subset, split=split, revision=revision)
     except (ValueError, OSError) as error:  # no such name or commit, no network
+        if is_disk_full(error):
+            raise
         raise ValueError(
             f"the hub's dataset {name!r} cannot be read at data.revision={revision} (subset {subset!r}, split {split!r}): "
             f"{_first_line(error)}. Check the four, and the network; without one, give data.source the path of a local copy."

@@ -12,6 +12,7 @@ from typing import Any
 
 from spin_megatron.config import RunConfig, StageName, flat_settings
 from spin_megatron.config_file import apply_override, load_config, validate_config
+from spin_megatron.data.sources import FILE_TYPES, is_commit
 from spin_megatron.generation.engine import EXTERNAL, Environment, provider
 from spin_megatron.launch.gpus import pool_for
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
@@ -38,6 +39,8 @@ def check(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     check_config(config)
+    if Path(config.model.path).is_dir():
+        importlib.import_module("spin_megatron.stages.export").check_folder(Path(config.model.path))
     examine_engine(config)
     print_line(config)
     if Path(config.model.path).is_dir() and Path(config.data.source).exists():
@@ -109,13 +112,16 @@ def _check_addresses(config: RunConfig) -> None:
         path = Path(address)
         if path.exists():
             continue
-        if path.is_absolute():
-            raise ValueError(f"{name}={address} does not exist; give an existing path, or a hub name with its revision.")
-        if revision is None:
-            section = name.partition(".")[0]
+        section = name.partition(".")[0]
+        if path.is_absolute() or path.suffix in FILE_TYPES:
             raise ValueError(
-                f"{name}={address} is no path here, so it is a hub name, and {section}.revision is missing; "
-                "pin a commit to make the run repeatable."
+                f"{name}={address} does not exist (relative paths count from the config file's folder); give an existing path, or a hub "
+                f"name with {section}.revision."
+            )
+        if revision is None or not is_commit(revision):
+            raise ValueError(
+                f"{name}={address} is no path here, so it is a hub name, and {section}.revision={revision!r} does not pin it: a name or a "
+                "branch may point to something else tomorrow. Give a commit of 40 hex digits, or an existing path."
             )
 
 

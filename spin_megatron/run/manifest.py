@@ -5,6 +5,7 @@ unfinished work. Every file of a run is written aside, fsynced and renamed by `a
 """
 
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -94,6 +95,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space, quota or file size."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_text(path: Path, text: str) -> None:

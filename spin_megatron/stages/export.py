@@ -14,7 +14,7 @@ from spin_megatron.convert.hf_io import HfFolder, check_tensors, model_card
 from spin_megatron.convert.torch_dist import torch_dist_to_hf
 from spin_megatron.plan.precision import PrecisionName
 from spin_megatron.plan.shape import ModelShape, model_folder
-from spin_megatron.run.manifest import MANIFEST_NAME, write_text
+from spin_megatron.run.manifest import MANIFEST_NAME, is_disk_full, write_text
 from spin_megatron.run.records import ReferenceScore, SpinPair, read_rows
 from spin_megatron.stages.context import StageContext, StageOutput
 
@@ -35,13 +35,12 @@ def run(context: StageContext) -> StageOutput:
 
 
 def _take_base_model(context: StageContext, folder: Path) -> dict[str, Any]:
-    source = _base_folder(context.config.model.path, context.config.model.revision)
-    shape = ModelShape.from_huggingface(source)
+    source = base_folder(context.config.model.path, context.config.model.revision)
+    shape = check_folder(source)
     context.config.parallel.layout().check(shape)
     if model_folder(source) != source:
         torch_dist_to_hf(source, None, folder, show=context.show)
         return {"source": str(source), "family": shape.family}
-    check_tensors(HfFolder(source), shape)
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         # The source may be a theta of another run: its manifest vouches for that run's stage, not for this one.
@@ -50,14 +49,41 @@ def _take_base_model(context: StageContext, folder: Path) -> dict[str, Any]:
     return {"source": str(source), "family": shape.family}
 
 
-def _base_folder(address: str, revision: str | None) -> Path:
-    """The local folder of the base model; a hub name is downloaded at its pinned revision, safetensors only."""
+def check_folder(folder: Path) -> ModelShape:
+    """The shape of a model folder whose tensors are all there, of the right sizes, in whole files. Reads headers only.
+
+    Of a converted checkpoint only the shape is read: what it holds is checked as it is converted.
+
+    Raises:
+        ValueError: they are not, or the model is not one we compute.
+    """
+    shape = ModelShape.from_huggingface(folder)
+    if model_folder(folder) == folder:
+        check_tensors(HfFolder(folder), shape)
+    return shape
+
+
+def base_folder(address: str, revision: str | None) -> Path:
+    """The local folder of the base model; a hub name is downloaded at its pinned revision, safetensors only.
+
+    Raises:
+        ValueError: the hub has no such model or revision, or cannot be reached.
+    """
     if Path(address).is_dir():
         return Path(address)
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    return Path(snapshot_download(address, revision=revision, allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(address, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # no such name or commit, no access, no network
+        if is_disk_full(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"the hub's model {address!r} cannot be fetched at model.revision={revision}: {reason}. Check both, your access to it, and the "
+            "network; without one, give model.path the folder of a local copy."
+        ) from error
 
 
 def _write_trained_model(context: StageContext, folder: Path) -> dict[str, Any]:

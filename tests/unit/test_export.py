@@ -1,5 +1,7 @@
 """export of theta_0: links to the base model, and nothing of another run's bookkeeping."""
 
+import errno
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from spin_megatron.pipeline import StageRef, execute
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest, verify_outputs, write_text
+from spin_megatron.stages.export import base_folder
 from spin_megatron.stages.prepare import preview
 from tests.tiny_run import make_tiny_run
 
@@ -58,3 +61,33 @@ def test_a_base_model_that_lacks_a_weight_file_is_refused_by_name(tmp_path: Path
     with pytest.raises(ValueError, match=r"model"):
         execute(config, layout, StageRef("export", 0), rank=0, stop_requested=lambda: False)
     assert read_manifest(layout.theta(0)) is None
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_hub_model_is_fetched_at_its_commit_without_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.update(options, name=name) or str(tmp_path))
+    assert base_folder("org/model", COMMIT) == tmp_path
+    assert (asked["name"], asked["revision"]) == ("org/model", COMMIT)
+    assert not any(fnmatch(name, pattern) for name in ("pytorch_model.bin", "modeling.py") for pattern in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("Cannot find the requested files.\nmore"), ValueError("Revision Not Found")])
+def test_a_hub_model_that_cannot_be_had_says_what_to_check(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(*_name: str, **_options: object) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(ValueError, match=rf"'org/model' cannot be fetched at model\.revision={COMMIT}: (Cannot|Revision) .*local copy"):
+        base_folder("org/model", COMMIT)
+
+
+def test_a_full_disk_while_fetching_stays_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_name: str, **_options: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(OSError, match="No space left"):
+        base_folder("org/model", COMMIT)

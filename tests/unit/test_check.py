@@ -1,0 +1,92 @@
+"""`spin-megatron check` refuses, before anything runs, what a stage would refuse hours later."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spin_megatron.cli import main
+from tests.tiny_run import make_tiny_run
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_run(tmp_path_factory.mktemp("tiny run"))
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said on standard error, without the line breaks and columns of the terminal."""
+    return " ".join(capsys.readouterr().err.split())
+
+
+def truncate(model: Path) -> None:
+    with open(model / "model.safetensors", "rb+") as file:
+        file.truncate(100_000)
+
+
+def drop_a_tensor(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors")
+
+
+def drop_the_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def pickle_the_weights(model: Path) -> None:
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    drop_the_weights(model)
+
+
+def drop_the_template(model: Path) -> None:
+    (model / "chat_template.jinja").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "model.safetensors has 100000 bytes, its header promises"),
+        (drop_a_tensor, "lacks model.layers.2.mlp.up_proj.weight"),
+        (drop_the_weights, "safetensors"),
+        (pickle_the_weights, "safetensors"),
+        (drop_the_template, "has no chat template"),
+    ],
+)
+def test_a_damaged_model_is_refused(
+    damage: Callable[[Path], None], message: str, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_run.parent / "model", model)
+    damage(model)
+    assert main(["check", str(tiny_run), "--set", f"model.path={model}"]) == 2
+    assert message in errors(capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.source=mistyped.jsonl"], "data.source=mistyped.jsonl does not exist"),
+        (["model.path=/nowhere/model"], "model.path=/nowhere/model does not exist"),
+        (["model.path=org/model"], "model.revision=None does not pin it"),
+        (["model.path=org/model", "model.revision=main"], "model.revision='main' does not pin it"),
+        (["data.source=org/data", "data.revision=v1.0"], "data.revision='v1.0' does not pin it"),
+        (["parallel.tensor=3"], "parallel.tensor=3 does not divide model.num_heads=4"),
+        (["data.max_response_tokens=250", "train.pack_tokens=1024"], "is beyond the model's 256 positions"),
+        (["train.epoks=3"], "train.epoks: unknown key"),
+    ],
+)
+def test_a_wrong_setting_is_refused(changes: list[str], message: str, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [option for change in changes for option in ("--set", change)]
+    assert main(["check", str(tiny_run), *options]) == 2
+    assert message in errors(capsys)
+
+
+def test_a_good_config_and_a_pinned_hub_model_pass(tiny_run: Path) -> None:
+    assert main(["check", str(tiny_run)]) == 0
+    assert main(["check", str(tiny_run), "--set", "model.path=org/model", "--set", f"model.revision={COMMIT}"]) == 0
