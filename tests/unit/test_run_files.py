@@ -4,7 +4,10 @@ import io
 import json
 import logging
 import os
+import resource
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from spin_megatron.run.manifest import (
     difference,
     digest_file,
     digest_tree,
+    is_disk_full,
     output_file,
     read_manifest,
     stage_key,
@@ -159,6 +163,41 @@ def test_tensorboard_shows_the_resumed_values_once(tmp_path: Path) -> None:
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.0), (1, 20.0), (2, 30.0)]
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """A disk that is full: a write that makes a file longer fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("full", ["metrics", "tensorboard"])
+def test_a_full_disk_while_metrics_are_written_is_told_as_one(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    writer.write(0, {"loss": 1.0})
+    if full == "tensorboard":
+        monkeypatch.setattr(writer, "_file", open(os.devnull, "a", encoding="utf-8"))  # noqa: SIM115 (the writer closes it)
+        monkeypatch.setattr("os.fsync", lambda _descriptor: None)
+
+    def write_on() -> None:
+        for step in range(1, 50):
+            writer.write(step, {"loss": 1.0})
+
+    with files_of_at_most(400), pytest.raises(OSError) as caught:
+        write_on()
+    assert is_disk_full(caught.value)
+    with suppress(OSError):
+        writer.close()
+    again = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=1)
+    again.write(1, {"loss": 2.0})
+    again.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(0, 1.0), (1, 2.0)]
 
 
 def test_warnings_of_libraries_go_to_the_log_file_and_not_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
