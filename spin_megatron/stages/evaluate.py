@@ -10,9 +10,10 @@ margins). Near 0 this model cannot tell theta_t from the data, near ln 2 the ans
 from the logistic loss at this iteration's beta, whichever loss was trained.
 """
 
+import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def run(context: StageContext) -> StageOutput:
     references = read_rows(layout.held_out_reference_scores(t), ReferenceScore)
     objective, beta = config.objective, context.scalars.beta
     metrics = compare(scores, references, loss=objective.loss, beta=beta, length_normalised=objective.length_normalised)
-    warnings = judge(metrics, config.evaluate)
+    traits = json.loads(layout.pairs_report(t).read_text(encoding="utf-8"))["train"]
+    warnings = judge(metrics, config.evaluate, traits)
     for warning in warnings:
         logger.warning("theta_%d: %s", t + 1, warning)
     result: dict[str, Any] = {"theta": t + 1, "objective": objective.loss, "beta": beta, **metrics, "warnings": warnings}
@@ -112,8 +114,12 @@ def _sums(scores: Sequence[ReferenceScore]) -> torch.Tensor:
     return torch.tensor([(score.logp_real, score.logp_generated) for score in scores], dtype=torch.float64)
 
 
-def judge(metrics: dict[str, float], thresholds: EvaluateSection) -> list[str]:
-    """What a person should look at before going on; empty when nothing is out of bounds."""
+def judge(metrics: dict[str, float], thresholds: EvaluateSection, traits: Mapping[str, float]) -> list[str]:
+    """What a person should look at before going on; empty when nothing is out of bounds.
+
+    Args:
+        traits: data.leaks.LeakReport's accuracies: how well length, EOS or the first token alone told the answers apart before training.
+    """
     warnings = []
     increase = metrics["nll_real"] - metrics["nll_real_reference"]
     if not increase <= thresholds.max_nll_increase:
@@ -131,7 +137,8 @@ def judge(metrics: dict[str, float], thresholds: EvaluateSection) -> list[str]:
     if metrics["accuracy"] > thresholds.max_accuracy:
         warnings.append(
             f"the held-out accuracy is {metrics['accuracy']:.3f} (evaluate.max_accuracy={thresholds.max_accuracy}): the pairs are "
-            "trivially separable, and further updates teach little; look for what gives them away (length, missing EOS, template) in "
-            "the report of the merge stage."
+            f"trivially separable, and further updates teach little. Before training, length alone told {traits['length_accuracy']:.0%} "
+            f"of the answers apart, EOS {traits['eos_accuracy']:.0%}, the first token {traits['first_token_accuracy']:.0%} (a coin: 50%). "
+            "Where one is far above, cure it (see the report of the merge stage); else it is what the answers say."
         )
     return warnings

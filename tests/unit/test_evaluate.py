@@ -12,6 +12,7 @@ from spin_megatron.stages.evaluate import compare, judge
 # Two pairs of 4 + 5 and 1 + 2 tokens. Log-ratios: pair a +1 and -2 (margin 3), pair b -2 and -1 (margin -1).
 REFERENCES = [ReferenceScore("b", -3.0, -4.0, 1, 2), ReferenceScore("a", -10.0, -20.0, 4, 5)]
 SCORES = [ReferenceScore("a", -9.0, -22.0, 4, 5), ReferenceScore("b", -5.0, -5.0, 1, 2)]
+TRAITS = {"length_accuracy": 0.6, "eos_accuracy": 0.91, "first_token_accuracy": 0.55}
 BETA = 0.5
 
 
@@ -59,7 +60,7 @@ def test_the_same_model_has_loss_ln_2_and_nothing_to_warn_of() -> None:
     found = compare(REFERENCES, REFERENCES, loss="logistic", beta=BETA)
     assert found["loss"] == pytest.approx(math.log(2), rel=1e-12)
     assert found["logp_real_drift"] == found["logp_generated_drift"] == 0.0
-    assert judge(found, EvaluateSection()) == []
+    assert judge(found, EvaluateSection(), TRAITS) == []
 
 
 @pytest.mark.parametrize(
@@ -73,8 +74,14 @@ def test_the_same_model_has_loss_ln_2_and_nothing_to_warn_of() -> None:
 )
 def test_each_threshold_warns_by_name(changes: dict[str, float], named: str) -> None:
     healthy = compare(REFERENCES, REFERENCES, loss="logistic", beta=BETA)
-    (warning,) = judge(healthy | changes, EvaluateSection())
+    (warning,) = judge(healthy | changes, EvaluateSection(), TRAITS)
     assert named in warning
+
+
+def test_separable_pairs_are_told_together_with_what_gives_them_away() -> None:
+    healthy = compare(REFERENCES, REFERENCES, loss="logistic", beta=BETA)
+    (warning,) = judge(healthy | {"accuracy": 1.0}, EvaluateSection(), TRAITS)
+    assert "length alone told 60% of the answers apart, EOS 91%, the first token 55%" in warning
 
 
 def test_results_are_plain_json() -> None:
