@@ -1,4 +1,4 @@
-# make quickstart   two SPIN iterations of a 135M model on this machine's CPU (about 6 minutes once installed)
+# make quickstart   two SPIN iterations of a 135M model on this machine's CPU (about 4 minutes on two cores once installed)
 # make test         the test suite
 # make test-te      the tests of Transformer Engine's layers, without a GPU, in the environment CUDA_ENV of tools/cuda_environment.sh
 # make lint         ruff, mypy and, where it is installed, shellcheck
