@@ -283,8 +283,11 @@ def open_as_changed(run_dir: Path) -> tuple[RunConfig, RunLayout]:
     return validate_config(values, origin=str(layout.changes_json)), layout
 
 
-def open_or_start(arguments: argparse.Namespace) -> tuple[RunConfig, RunLayout]:
+def open_or_start(arguments: argparse.Namespace, *, is_trial: bool = False) -> tuple[RunConfig, RunLayout]:
     """The run that `run` and `submit` mean: a run directory, or a config whose run is started if it was not yet.
+
+    Args:
+        is_trial: write nothing, so that the config may still change.
 
     Raises:
         ValueError: the config is refused, or differs from that of the started run.
@@ -298,6 +301,8 @@ def open_or_start(arguments: argparse.Namespace) -> tuple[RunConfig, RunLayout]:
         frozen, _ = open_run(root)
         return _same_run(frozen, config, layout), layout
     check_config(config)
+    if is_trial:
+        return config, layout
     layout.root.mkdir(parents=True, exist_ok=True)
     manifests.write_text(layout.config_toml, arguments.target.read_text(encoding="utf-8"))
     manifests.write_text(layout.run_json, config.model_dump_json(indent=2) + "\n")

@@ -71,7 +71,7 @@ class SubmittedJob:
 
 def command(arguments: argparse.Namespace) -> int:
     """Handle the verb: start the run if need be, and submit its chain."""
-    config, layout = open_or_start(arguments)
+    config, layout = open_or_start(arguments, is_trial=arguments.dry_run)
     scripts = arguments.scripts or DEFAULT_SCRIPTS
     if arguments.dry_run:
         for words in dry_run(config, layout):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,13 @@ def test_sections_that_may_change_are_those_of_the_last_run_or_submit(config_pat
     assert open_as_changed(root)[0] == changed
     assert (changed.stop.max_nll_increase, changed.slurm.of("generate").gpus_per_node) == (0.5, 4)
     assert open_run(root)[0].slurm.signal_seconds == 60, "run.json is never edited"
+
+
+def test_a_dry_run_prints_every_line_and_starts_nothing(config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "a run"
+    assert main(["submit", str(config_path), "--run-dir", str(root), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [shlex.split(words)[-2] for words in lines] == [
+        "export", "prepare", "build-engine", "generate", "merge", "train", "export", "evaluate", "advance",
+    ]  # fmt: skip
+    assert not root.exists()
