@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from spin_megatron.launch.loop import open_as_changed
+from spin_megatron.launch.slurm import read_jobs
 from spin_megatron.pipeline import StageRef
 from spin_megatron.report.status import read_queue, stage_rows, why_stopped
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.lock import Owner, held
 from tests.slurm.cluster_run import REPOSITORY, SPIN_ITER, ClusterRun, assert_same_result, fork, heartbeat, signal_all, stop_file
 from tests.slurm.conftest import SmallDisk
 from tools.local_slurm.cluster import Cluster
@@ -89,6 +91,84 @@ def test_training_survives_killed_ranks_and_shells_time_limits_and_lost_nodes(
     wait_for_end(run, element, "a lost node")
     cluster.start_node(node)
 
+    run.finish()
+    assert_same_result(run.layout, undisturbed, iterations=1)
+
+
+def test_generation_survives_every_fault_with_the_same_pairs(cluster: Cluster, undisturbed: RunLayout, tmp_path: Path) -> None:
+    """Training is kept from the undisturbed run, so the pairs alone are made anew."""
+    run = ClusterRun(cluster, fork(undisturbed, tmp_path / "run", removed=("generate", "merge")))
+    first, second = SHARDS
+
+    # Two people start it at once: one chain is submitted.
+    words = ["bash", str(SPIN_ITER), str(run.layout.root), *PREEMPTABLE]
+    both = [subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    assert [job.link for job in read_jobs(run.layout.slurm_jobs(0))] == ["generate", "merge", "advance"]
+    array = run.newest_job("generate")
+
+    # kill -9 of an element's process, and a person who requeues the other element.
+    run.catch(first, second)
+    signal_all(run.rank_pids(first), signal.SIGKILL)
+    run.requeue(f"{array}_1")
+    run.wait(lambda: run.restarts(f"{array}_0") >= 1, "the requeue after a killed process")
+
+    # The batch shell of one element is killed, which loses that element; a node goes down under the other.
+    run.catch(first, second)
+    signal_all(run.shell_pids(f"{array}_1"), signal.SIGKILL)
+    run.wait(lambda: run.job_state(f"{array}_1") == "FAILED", "the end of an element whose batch shell is gone")
+    (node,) = run.nodes_of(f"{array}_0")
+    node_down(run, node)
+    run.wait(lambda: run.restarts(f"{array}_0") >= 2, "the requeue after a lost node")
+    cluster.start_node(node)
+
+    # The link that goes on is killed too, while it submits what is missing: its second slot does it.
+    slot = f"{run.newest_job('advance')}_0"
+    with held(run.layout.submit_lock, Owner.this_process(), what="the submission", stale_seconds=60, wait_seconds=60):
+        run.wait(lambda: bool(run.shell_pids(slot)), "the link that goes on")
+        signal_all(run.shell_pids(slot), signal.SIGKILL)
+    run.wait(lambda: run.newest_job("generate") != array, "a new chain for the lost element")
+    array = run.newest_job("generate")
+    assert [job.array for job in read_jobs(run.layout.slurm_jobs(0))][3:] == ["1%8", "0-0", "0-1%1"], "only what was lost"
+
+    # There, preemption; then a person cancels the element, and starts the run again while its chain is still queued, and later.
+    run.preempt_element(*run.catch(second))
+    run.slurm("scancel", *run.catch(second))
+    assert run.submit(*PREEMPTABLE) in (0, 3), "nothing while jobs are under way, a chain afterwards"
+
+    run.finish()
+    assert_same_result(run.layout, undisturbed, iterations=1)
+
+
+STAND_IN = """
+import json, sys
+from pathlib import Path
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+results = {"results": {arguments["--tasks"]: {"acc,none": 0.5}}, "n-shot": {}}
+(Path(arguments["--output_path"]) / "results.json").write_text(json.dumps(results))
+"""
+
+
+def install_stand_in(folder: Path) -> Path:
+    """A folder for PYTHONPATH that holds a stand-in for lm-evaluation-harness, whose real one needs more than this machine may have."""
+    for name, text in (("lm_eval/__main__.py", STAND_IN), ("lm_eval-0.4.9.dist-info/METADATA", "Name: lm-eval\nVersion: 0.4.9\n")):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_every_stage_survives_a_requeue_and_preemption(
+    cluster: Cluster, undisturbed: RunLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed = ("export 0", "prepare", "build-engine", "merge", "train", "export", "evaluate")
+    run = ClusterRun(cluster, fork(undisturbed, tmp_path / "run", removed=removed, tasks=("first", "second")))
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{install_stand_in(tmp_path / 'stand in')}")
+    run.submit(*PREEMPTABLE)
+    refs = [StageRef("export", 0), StageRef("prepare"), StageRef("build-engine", 0), StageRef("merge", 0)]
+    for ref in (*refs, TRAIN, StageRef("export", 1), StageRef("evaluate", 0), StageRef("benchmark", 0, 1)):
+        num_ranks = 4 if ref.name in ("train", "evaluate") else 1
+        for disturb in (run.requeue, run.preempt_element):
+            disturb(*run.catch(ref, count=num_ranks))
     run.finish()
     assert_same_result(run.layout, undisturbed, iterations=1)
 
