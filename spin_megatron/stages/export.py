@@ -7,14 +7,16 @@ final weights of train t-1, reloaded with transformers and compared with the log
 
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from spin_megatron.config import RunConfig
 from spin_megatron.convert.hf_io import HfFolder, check_tensors, model_card
 from spin_megatron.convert.torch_dist import torch_dist_to_hf
 from spin_megatron.plan.precision import PrecisionName
 from spin_megatron.plan.shape import ModelShape, model_folder
-from spin_megatron.run.manifest import MANIFEST_NAME, is_disk_full, write_text
+from spin_megatron.run.manifest import MANIFEST_NAME, installed_versions, is_disk_full, write_text
 from spin_megatron.run.records import ReferenceScore, SpinPair, read_rows
 from spin_megatron.stages.context import StageContext, StageOutput
 
@@ -91,7 +93,7 @@ def _write_trained_model(context: StageContext, folder: Path) -> dict[str, Any]:
     source = context.layout.theta(t)
     dtype = context.config.train.dtype
     torch_dist_to_hf(context.layout.final_weights(t), source, folder, dtype=dtype, show=context.show)
-    write_text(folder / "README.md", model_card(_training_facts(context)))
+    write_text(folder / "README.md", model_card(training_facts(context.config, context.iteration)))
     largest = _largest_probe_difference(context, folder)
     tolerance = PROBE_TOLERANCE_NATS.get(context.config.train.precision, FP8_PROBE_TOLERANCE_NATS)
     if not largest <= tolerance:
@@ -104,20 +106,42 @@ def _write_trained_model(context: StageContext, folder: Path) -> dict[str, Any]:
     return {"dtype": dtype, "probe_nats_per_token": largest}
 
 
-def _training_facts(context: StageContext) -> dict[str, Any]:
-    config, scalars = context.config, context.config.at(context.iteration - 1)
+def training_facts(config: RunConfig, num_iterations: int) -> dict[str, Any]:
+    """What the model card of theta_{num_iterations} states; settings that changed stand iteration by iteration."""
+    past = [config.at(iteration) for iteration in range(num_iterations)]
+    data, objective, optimizer, train, generate = config.data, config.objective, config.optimizer, config.train, config.generate
+    loss = [objective.loss, f"beta {_each(f'{at.beta:g}' for at in past)}"]
+    loss += [f"NLL weight {objective.nll_weight:g}"] if objective.nll_weight else []
+    loss += ["length-normalised"] if objective.length_normalised else []
+    clipping = "no clipping" if optimizer.max_grad_norm is None else f"clipped at norm {optimizer.max_grad_norm:g}"
+    rates = _each(f"{at.learning_rate:g}" for at in past)
     return {
         "method": "Self-Play Fine-Tuning (SPIN, arXiv 2401.01335)",
-        "base model": f"{config.model.path}" + (f" @ {config.model.revision}" if config.model.revision else ""),
-        "data": f"{config.data.source}" + (f" @ {config.data.revision}" if config.data.revision else ""),
-        "iterations done": context.iteration,
-        "loss": f"{config.objective.loss}, beta {scalars.beta:g}",
-        "optimizer": f"{config.optimizer.name}, peak learning rate {scalars.learning_rate:g}, {config.optimizer.schedule}",
-        "epochs": f"{scalars.stop_epoch} of a {scalars.schedule_epochs}-epoch schedule",
-        "pairs an update": config.train.global_batch_pairs,
-        "precision": config.train.precision,
+        "base model": _pinned(config.model.path, config.model.revision),
+        "data": _pinned(data.source, data.revision),
+        "prompts": f"{data.num_examples or 'all'}, of up to {data.max_prompt_tokens} tokens; answers up to {data.max_response_tokens}",
+        "iterations done": num_iterations,
+        "pairs of": f"the newest {_each(str(at.window) for at in past)} iterations",
+        "loss": ", ".join(loss),
+        "optimizer": f"{optimizer.name}, weight decay {optimizer.weight_decay:g}, {clipping}",
+        "learning rate": f"peak {rates}, {optimizer.schedule}, warm-up {optimizer.warmup_fraction:g}",
+        "epochs": _each(f"{at.stop_epoch} of a {at.schedule_epochs}-epoch schedule" for at in past),
+        "pairs an update": train.global_batch_pairs,
+        "precision": train.precision,
+        "opponent's answers": f"{generate.engine}, {generate.dtype}, temperature {generate.temperature:g}, top-p {generate.top_p:g}",
         "seed": config.run.seed,
+        "software": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
     }
+
+
+def _pinned(address: str, revision: str | None) -> str:
+    return f"{address} @ {revision}" if revision else address
+
+
+def _each(values: Iterable[str]) -> str:
+    """One value where all iterations had the same, else all of them in order."""
+    found = list(values)
+    return found[0] if len(set(found)) == 1 else ", then ".join(found)
 
 
 def _largest_probe_difference(context: StageContext, folder: Path) -> float:

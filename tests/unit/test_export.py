@@ -15,7 +15,7 @@ from spin_megatron.pipeline import StageRef, execute
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest, verify_outputs, write_text
-from spin_megatron.stages.export import base_folder
+from spin_megatron.stages.export import base_folder, training_facts
 from spin_megatron.stages.prepare import preview
 from tests.tiny_run import make_tiny_run
 
@@ -91,3 +91,17 @@ def test_a_full_disk_while_fetching_stays_a_full_disk(monkeypatch: pytest.Monkey
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
     with pytest.raises(OSError, match="No space left"):
         base_folder("org/model", COMMIT)
+
+
+def test_the_model_card_states_each_iterations_settings(tmp_path: Path) -> None:
+    changes = ["run.iterations=3", "objective.beta=[0.1,5.0]", "optimizer.learning_rate=5e-7"]
+    changes += ["data.window=[1,2]", "generate.temperature=0.7"]
+    facts = training_facts(load_config(make_tiny_run(tmp_path), changes), 3)
+    assert facts["iterations done"] == 3
+    assert facts["loss"] == "logistic, beta 0.1, then 5, then 5"
+    assert facts["learning rate"].startswith("peak 5e-07, ")
+    assert facts["pairs of"] == "the newest 1, then 2, then 2 iterations"
+    assert facts["base model"] == str(tmp_path / "model")
+    assert "temperature 0.7, " in facts["opponent's answers"]
+    assert f"torch {torch.__version__}" in facts["software"]
+    assert training_facts(load_config(make_tiny_run(tmp_path), changes), 1)["loss"] == "logistic, beta 0.1"
