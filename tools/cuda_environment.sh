@@ -21,8 +21,8 @@ python=${2:-python3.12}
 [[ -x $folder/venv/bin/python ]] || "$python" -m venv "$folder/venv"
 pip=("$folder/venv/bin/python" -m pip --disable-pip-version-check)
 
-# The versions that the CPU suite is tested with, but for torch and its Triton.
-sed -e '/^torch==/d' -e '/^triton==/d' "$repository/constraints.txt" >"$folder/constraints.txt"
+# The versions that the CPU suite is tested with, but for torch and what it asks to be older.
+sed -E '/^(torch|triton|setuptools)==/d' "$repository/constraints.txt" >"$folder/constraints.txt"
 echo "torch==$torch" >>"$folder/constraints.txt"
 "${pip[@]}" install -q -c "$folder/constraints.txt" torch==$torch setuptools wheel pybind11 ninja packaging
 # What Transformer Engine and Megatron Core import; they themselves come without dependencies, which name other builds of torch.

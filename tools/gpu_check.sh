@@ -44,7 +44,7 @@ timeout --kill-after=10 300 "$python" -W ignore -m pytest -q -p no:cacheprovider
 
 say "benchmarks"
 mkdir -p "$out/benchmarks"
-timeout --kill-after=10 120 "$python" -W ignore tools/benchmarks/head.py --device cuda --dtype bfloat16 --out "$out/benchmarks/head.json" || failed=1
+timeout --kill-after=10 120 "$python" -W ignore -m tools.benchmarks.head --device cuda --dtype bfloat16 --out "$out/benchmarks/head.json" || failed=1
 
 say "summary"
 "$python" tools/gpu_summary.py "$out" || failed=1

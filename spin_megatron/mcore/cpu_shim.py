@@ -7,6 +7,7 @@ tests/parity/test_cpu_shim.py fails when one is no longer needed. Nothing is pat
 
 import contextlib
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +174,30 @@ def _expert_router() -> list[Replacement]:
     from megatron.core.transformer.moe import moe_utils
 
     # 0.16.1 reads a name that only Transformer Engine's import defines; None is what that module means by "not there".
-    return [] if hasattr(moe_utils, "te_general_gemm") else [Replacement(moe_utils, "te_general_gemm", None)]
+    return [] if getattr(moe_utils, "te_general_gemm", _MISSING) is None else [Replacement(moe_utils, "te_general_gemm", None)]
+
+
+def _fused_kernels() -> list[Replacement]:
+    if all(importlib.util.find_spec(package) is None for package in ("transformer_engine", "apex")):
+        return []
+    from megatron.core import optimizer as factory
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    plain = [
+        Replacement(module, name, value)
+        for module in (clip_grads, optimizer)
+        for name, value in (
+            ("multi_tensor_applier", utils.local_multi_tensor_applier),
+            ("multi_tensor_scale_impl", utils.local_multi_tensor_scale),
+        )
+    ]
+    return [
+        *plain,
+        Replacement(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm),
+        Replacement(clip_grads, "multi_tensor_scale_tensor_impl", None),
+        Replacement(factory, "USING_PYTORCH_OPTIMIZER", True),
+    ]
 
 
 PATCHES: tuple[Patch, ...] = (
@@ -214,7 +238,12 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         name="expert router",
-        needed_by="moe.moe_utils.RouterGatingLinearFunction of 0.16 without Transformer Engine",
+        needed_by="moe.moe_utils.RouterGatingLinearFunction: of 0.16 without Transformer Engine, of any release with it",
         replacements=_expert_router,
+    ),
+    Patch(
+        name="fused kernels",
+        needed_by="optimizer.clip_grads, optimizer.optimizer and the optimizer factory, where Transformer Engine or apex is installed",
+        replacements=_fused_kernels,
     ),
 )

@@ -159,7 +159,8 @@ def _wrap(chunk: nn.Module, index: int, rule: UpdateRule, *, overlap: bool, buck
 def _rmsprop_over(adam: torch.optim.Optimizer, rule: UpdateRule) -> torch.optim.RMSprop:
     """Torch's RMSprop over another optimizer's parameter groups, in their order, with Megatron Core's marks on them."""
     groups = [{name: value for name, value in group.items() if name not in adam.defaults} for group in adam.param_groups]
-    return torch.optim.RMSprop(groups, lr=0.0, alpha=rule.rmsprop_alpha, eps=rule.epsilon)
+    # One parameter at a time: on CUDA torch would take all at once, with a square root of every state beside it, 4 bytes a parameter.
+    return torch.optim.RMSprop(groups, lr=0.0, alpha=rule.rmsprop_alpha, eps=rule.epsilon, foreach=False)
 
 
 def parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from spin_megatron.data.batches import make_batch
+from spin_megatron.data.batches import PackBatch, make_batch
 from spin_megatron.mcore.model import SpinModel, build_model, load_huggingface
 from spin_megatron.mcore.optimizer import UpdateRule, build_trainer
 from spin_megatron.mcore.precision import Fp8
@@ -21,7 +21,7 @@ from spin_megatron.mcore.runtime import DeviceKind, Runtime, running
 from spin_megatron.mcore.steps import score_packs
 from spin_megatron.mcore.training import Objective, train_step
 from spin_megatron.objective.logprobs import sequence_sums
-from spin_megatron.plan.memory import CONTEXT_BYTES, OptimizerName, TrainSettings, rank_memory
+from spin_megatron.plan.memory import CONTEXT_BYTES, TrainSettings, rank_memory
 from spin_megatron.plan.precision import PRECISIONS, PrecisionName
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.run.layout import RunLayout
@@ -58,9 +58,8 @@ def build(shape: ModelShape, runtime: Runtime, precision: PrecisionName, *, num_
     return build_model(shape, runtime, dtype=dtype, fp8=Fp8.chosen(precision, num_bf16_end_layers))
 
 
-def score(chunks: list[SpinModel], packs: list[list[SpinPair]], runtime: Runtime) -> dict[str, ReferenceScore]:
+def score(chunks: list[SpinModel], batches: list[PackBatch], runtime: Runtime) -> dict[str, ReferenceScore]:
     """Log-prob sums of the packs' pairs, forward-only."""
-    batches = [make_batch(pack, pack_tokens=PACK_TOKENS, pad_id=0, share_prompt=True) for pack in packs]
     found = {}
     for batch, logp_R in zip(batches, score_packs(chunks, batches, runtime), strict=True):
         sums = sequence_sums(logp_R, batch.lengths_Q).view(-1, 2).tolist()
@@ -70,12 +69,12 @@ def score(chunks: list[SpinModel], packs: list[list[SpinPair]], runtime: Runtime
 
 
 def update(
-    chunks: list[SpinModel], packs: list[list[SpinPair]], runtime: Runtime, *, num_steps: int, optimizer: OptimizerName = "rmsprop"
+    chunks: list[SpinModel], packs: list[list[SpinPair]], runtime: Runtime, *, num_steps: int, pack_tokens: int = PACK_TOKENS
 ) -> Steps:
     """Score the packs, then train on all of them a few times. Raises ValueError when the first margins are not exactly 0."""
-    references = score(chunks, packs, runtime)
-    trainer = build_trainer(chunks, UpdateRule(optimizer))
-    batches = [make_batch(pack, pack_tokens=PACK_TOKENS, pad_id=0, share_prompt=True) for pack in packs]
+    batches = [make_batch(pack, pack_tokens=pack_tokens, pad_id=0, share_prompt=True) for pack in packs]
+    references = score(chunks, batches, runtime)
+    trainer = build_trainer(chunks, UpdateRule("rmsprop"))
     outcomes = [
         train_step(
             trainer,
@@ -154,9 +153,11 @@ def wide_shape(*, num_layers: int, ffn: int, vocab_size: int) -> ModelShape:
     )
 
 
-def step_of_a_slice(shape: ModelShape, device: DeviceKind, precision: PrecisionName) -> tuple[Steps, int, int]:
+def step_of_a_slice(
+    shape: ModelShape, device: DeviceKind, precision: PrecisionName, *, num_packs: int, pairs_per_pack: int, pack_tokens: int
+) -> tuple[Steps, int, int]:
     """One real update of a slice of a large model, from drawn weights: (the step, peak bytes measured, peak bytes planned)."""
-    packs = [different_pairs(seed, 8, shape.vocab_size) for seed in range(2)]
+    packs = [different_pairs(seed, pairs_per_pack, shape.vocab_size) for seed in range(num_packs)]
     with running(ParallelLayout(), device=device, seed=1) as runtime, peak_memory(device) as peak:
         chunks = build(shape, runtime, precision)
         generator = torch.Generator(device=runtime.device).manual_seed(0)
@@ -166,13 +167,13 @@ def step_of_a_slice(shape: ModelShape, device: DeviceKind, precision: PrecisionN
                     parameter.fill_(1.0)
                 else:
                     parameter.uniform_(-0.02, 0.02, generator=generator)
-        steps = update(chunks, packs, runtime, num_steps=1)
+        steps = update(chunks, packs, runtime, num_steps=1, pack_tokens=pack_tokens)
         measured = peak.num_bytes
-    rows = sum(len(pair.real_ids) + len(pair.generated_ids) for pair in packs[0]) / PACK_TOKENS
+    rows = sum(len(pair.real_ids) + len(pair.generated_ids) for pair in packs[0]) / pack_tokens
     has_fused_gradients = device == "cuda" and precision != "fp32"
     settings = TrainSettings(
-        PACK_TOKENS,
-        2,
+        pack_tokens,
+        num_packs,
         precision=precision,
         optimizer="rmsprop",
         distributed_optimizer=False,

@@ -86,7 +86,7 @@ def test_log_probs_agree_with_the_cpu(precision: PrecisionName, folders: dict[st
 def test_a_slice_of_70b_takes_the_planned_memory(precision: PrecisionName, record_property: Record) -> None:
     skip_where_it_is_not_computed(precision)
     shape = bodies.wide_shape(num_layers=2, ffn=28672, vocab_size=32000)
-    steps, measured, planned = bodies.step_of_a_slice(shape, "cuda", precision)
+    steps, measured, planned = bodies.step_of_a_slice(shape, "cuda", precision, num_packs=2, pairs_per_pack=60, pack_tokens=4096)
     record_property("measured_bytes", measured)
     record_property("planned_bytes", planned)
     assert steps.margins == [0.0]

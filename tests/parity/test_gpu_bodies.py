@@ -31,7 +31,7 @@ def test_a_killed_process_s_run_ends_with_the_same_losses(tmp_path: Path) -> Non
 def test_a_slice_of_70b_makes_a_step_in_the_planned_memory() -> None:
     """Its width and heads, one layer, a quarter of its FFN and few words: 4 GiB of weights, gradients and squares in fp32."""
     shape = bodies.wide_shape(num_layers=1, ffn=7168, vocab_size=1024)
-    steps, measured, planned = bodies.step_of_a_slice(shape, "cpu", "fp32")
+    steps, measured, planned = bodies.step_of_a_slice(shape, "cpu", "fp32", num_packs=1, pairs_per_pack=3, pack_tokens=256)
     assert steps.margins == [0.0]
     assert steps.are_applied == [True]
     assert steps.losses == [pytest.approx(math.log(2), abs=1e-6)]

@@ -119,7 +119,7 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
     _install_rotary(patch, calls)
     _install_attention(patch, calls)
     _install_router(patch, calls)
-    _install_plain_kernels(patch)
+    _install_random_states(patch)
     return calls
 
 
@@ -193,14 +193,7 @@ def _install_router(patch: pytest.MonkeyPatch, calls: Calls) -> None:
     patch.setattr(extension, "general_gemm", multiply)
 
 
-def _install_plain_kernels(patch: pytest.MonkeyPatch) -> None:
-    """Gradient norms and copies by Megatron Core's own stand-ins; random states of the checkpointed layers from the CPU's generator."""
-    from megatron.core import utils
-    from megatron.core.optimizer import clip_grads, optimizer
-
-    for module in (clip_grads, optimizer):
-        patch.setattr(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
-        patch.setattr(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
-    patch.setattr(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+def _install_random_states(patch: pytest.MonkeyPatch) -> None:
+    """Random states of checkpointed layers come from the CPU's generator; Megatron Core's own are the CPU shim's work."""
     patch.setattr("transformer_engine.pytorch.distributed._get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     patch.setattr("transformer_engine.pytorch.distributed._set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))

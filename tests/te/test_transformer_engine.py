@@ -10,15 +10,17 @@ from torch import Tensor
 
 from spin_megatron.data.batches import make_batch
 from spin_megatron.mcore import model as models
+from spin_megatron.mcore import runtime as runtimes
 from spin_megatron.mcore.attention import Backend
 from spin_megatron.mcore.checkpoint import load_weights, save_weights
+from spin_megatron.mcore.cpu_shim import PATCHES, megatron_on_cpu
 from spin_megatron.mcore.layers import LayerSpec, SpecKind
 from spin_megatron.mcore.model import SpinModel, build_model, global_parameters, load_huggingface
 from spin_megatron.mcore.optimizer import UpdateRule, _mark_tensor_parallel, build_trainer
 from spin_megatron.mcore.precision import Fp8, require_fp8
 from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.mcore.steps import score_packs
-from spin_megatron.mcore.training import Objective, train_step
+from spin_megatron.mcore.training import Objective, StepOutcome, train_step
 from spin_megatron.objective.logprobs import sequence_sums
 from spin_megatron.plan.precision import PrecisionName
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
@@ -298,3 +300,55 @@ def test_extra_states_stay_out_of_checkpoints(
     assert any(name.endswith("_extra_state") for name in chunks[0].state_dict())
     save_weights(tmp_path / "weights", chunks, runtime, recipe={})
     assert not [key for key in SavedCheckpoint(tmp_path / "weights", trust=True).tensors if "_extra_state" in key]
+
+
+def test_the_router_s_product_and_its_gradients_are_torch_s(calls: Any) -> None:
+    """On a GPU the router multiplies with general_gemm; on the CPU the shim keeps it away."""
+    from megatron.core.transformer.moe.moe_utils import router_gating_linear
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*size, generator=generator).requires_grad_() for size in ((6, 8), (4, 8)))
+    logits = router_gating_linear(hidden, weight, None, torch.float32)
+    upstream = torch.randn(6, 4, generator=generator)
+    found = torch.autograd.grad(logits, (hidden, weight), upstream)
+    assert calls.others == ["general_gemm TN", "general_gemm NN", "general_gemm NT"]
+    torch.testing.assert_close(logits, hidden @ weight.t())
+    torch.testing.assert_close(found, (upstream @ weight, upstream.t() @ hidden))
+
+
+@pytest.mark.parametrize("name", ["llama3", "mixtral"])
+@pytest.mark.parametrize("rule", ["rmsprop", "adamw"])
+def test_cpu_ranks_keep_clear_of_its_kernels(rule: Any, name: str, folders: dict[str, Path]) -> None:
+    """Megatron Core takes Transformer Engine's optimizers, norms and router where they are installed, whatever the device."""
+    outcome = _local_step(rule, folders[name])
+    assert outcome.is_applied
+    assert outcome.grad_norm > 1e-3
+
+
+@pytest.mark.parametrize("rule", ["rmsprop", "adamw"])
+def test_without_the_shim_s_patch_they_would_not(rule: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [patch for patch in PATCHES if patch.name != "fused kernels"]
+    monkeypatch.setattr(runtimes, "megatron_on_cpu", lambda: megatron_on_cpu(kept))
+    with pytest.raises(RuntimeError, match=r"CUDA|NVIDIA"):
+        _local_step(rule, folders["llama3"])
+
+
+def _local_step(rule: Any, folder: Path) -> StepOutcome:
+    """A step of Megatron Core's own layers on the CPU."""
+    shape = ModelShape.from_huggingface(folder)
+    batch = make_batch(make_pairs(), pack_tokens=PACK_TOKENS, pad_id=0, share_prompt=True)
+    with running(ParallelLayout(), device="cpu", seed=1) as runtime:
+        chunks = build_model(shape, runtime, dtype=torch.bfloat16)
+        load_huggingface(chunks, folder, shape, runtime, show=False)
+        sums_P2 = sequence_sums(score_packs(chunks, [batch], runtime)[0], batch.lengths_Q).view(-1, 2).tolist()
+        references = {pair_id: ReferenceScore(pair_id, *both, 1, 1) for pair_id, both in zip(batch.pair_ids, sums_P2, strict=True)}
+        return train_step(
+            build_trainer(chunks, UpdateRule(rule, max_grad_norm=1e-3)),
+            [batch],
+            references,
+            Objective("logistic", 0.1),
+            runtime,
+            num_pairs=len(batch.pair_ids),
+            learning_rate=1e-4,
+            must_start_at_zero=True,
+        )
