@@ -109,17 +109,23 @@ def model_shape(config: RunConfig, model_config: Path | None = None) -> ModelSha
         if not model_config.is_file():
             raise ValueError(f"--model-config {model_config} does not exist; give the model's config.json.")
         return ModelShape.from_config(json.loads(model_config.read_text(encoding="utf-8")), str(model_config))
+    shape = shape_on_this_machine(config)
+    if shape is None:
+        raise ValueError(
+            f"model.path={config.model.path} is not on this machine; give --model-config with the model's config.json "
+            "(a few kB: no weights are needed to plan)."
+        )
+    return shape
+
+
+def shape_on_this_machine(config: RunConfig) -> ModelShape | None:
+    """The base model's shape from its folder or the hub's cache; None when it is in neither. Raises ValueError as `model_shape`."""
     folder = Path(config.model.path)
     if folder.is_dir():
         return ModelShape.from_huggingface(folder)
     cached = Path.home() / ".cache/huggingface/hub" / f"models--{config.model.path.replace('/', '--')}" / "snapshots"
     snapshots = sorted(cached.glob(f"{config.model.revision or '*'}/config.json"))
-    if snapshots:
-        return ModelShape.from_huggingface(snapshots[-1].parent)
-    raise ValueError(
-        f"model.path={config.model.path} is not on this machine; give --model-config with the model's config.json "
-        "(a few kB: no weights are needed to plan)."
-    )
+    return ModelShape.from_huggingface(snapshots[-1].parent) if snapshots else None
 
 
 def lengths_of(config: RunConfig, arguments: argparse.Namespace) -> Lengths:

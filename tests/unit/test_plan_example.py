@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from spin_megatron.config_file import load_config
+from spin_megatron.launch.loop import check_config
 from spin_megatron.plan.command import check_config_fits, model_shape
 from spin_megatron.plan.parameters import count_parameters
 
@@ -21,6 +24,16 @@ def test_the_examples_layout_fits_its_32_h100() -> None:
     assert fits.layout.world_size == 32
     # One data rank, RMSProp: 2 + 4 + 4 + 4 bytes a parameter; the ends hold more than a 32nd of them.
     assert fits.memory.state.total > 14 * 70_553_706_496 / 32
+
+
+def test_check_refuses_it_on_gpus_too_few_to_hold_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(MODEL.read_bytes())
+    here = f"model.path={tmp_path}"
+    check_config(load_config(EXAMPLE / "config.toml", [here]))
+    eight = load_config(EXAMPLE / "config.toml", [here, "parallel.pipeline=1", "parallel.virtual_pipeline=1"])
+    with pytest.raises(ValueError, match=r"pipeline rank 0 needs .* GB .*h100-80gb has 81.5 GB to use; no layout of 8 GPUs fits"):
+        check_config(eight)
+    check_config(load_config(EXAMPLE / "config.toml", [here, "parallel.pipeline=1", "parallel.virtual_pipeline=1", "slurm.gpu=h200-141gb"]))
 
 
 def test_the_plan_beside_it_is_what_the_command_prints() -> None:
