@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from spin_megatron.run.manifest import write_json
+from spin_megatron.run.manifest import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
 
 def megatron_to_hf(arguments: argparse.Namespace) -> int:
     """Handle `convert megatron-to-hf`."""
+    from spin_megatron.convert.hf_io import model_card
     from spin_megatron.convert.torch_dist import HUGGINGFACE_FILE_BYTES, torch_dist_to_hf
 
     source, destination = arguments.source, arguments.destination
@@ -92,9 +93,24 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         trust=arguments.trust,
     )
+    write_text(destination / "README.md", model_card(_card_facts(source)))
     logger.info("%s is a Hugging Face folder of %s", destination, source)
     _check_result(arguments, _Sides(destination, source, arguments.model, arguments.dtype, arguments.trust))
     return DONE
+
+
+def _card_facts(checkpoint: Path) -> dict[str, Any]:
+    """What the model card states: of a checkpoint of our training the settings, progress and versions that it records."""
+    from spin_megatron.convert.saved_checkpoint import COMPLETE_NAME
+
+    facts: dict[str, Any] = {"converted from": f"{checkpoint.resolve().name} (torch_dist)"}
+    if not (checkpoint / COMPLETE_NAME).exists():
+        return facts | {"training": "none that this checkpoint records"}
+    recorded = json.loads((checkpoint / COMPLETE_NAME).read_text(encoding="utf-8"))
+    facts |= {"method": "Self-Play Fine-Tuning (SPIN, arXiv 2401.01335)"}
+    facts |= {f"progress: {name}": value for name, value in recorded.get("progress", {}).items()}
+    software = ", ".join(f"{name} {version}" for name, version in recorded["versions"].items())
+    return {**facts, **recorded["recipe"], "software": software}
 
 
 @dataclass(frozen=True)

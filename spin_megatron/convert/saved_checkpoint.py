@@ -25,6 +25,8 @@ from spin_megatron.run.manifest import MANIFEST_NAME, digest_file, digest_values
 
 COMMIT_NAME = "metadata.json"
 INDEX_NAME = ".metadata"
+# Beside those, in the checkpoints of this project's training: layout, settings, progress, versions; written last of all.
+COMPLETE_NAME = "COMPLETE.json"
 # How far above a checkpoint folder a manifest may lie: iter_0/train/MANIFEST.json vouches for iter_0/train/weights.
 _MANIFEST_LEVELS = 3
 

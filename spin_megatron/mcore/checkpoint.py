@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from spin_megatron.convert.saved_checkpoint import COMPLETE_NAME
 from spin_megatron.data.progress import Progress
 from spin_megatron.mcore.optimizer import Trainer, gather_weights
 from spin_megatron.mcore.optimizer_state import restore_state, sharded_state_to_load, sharded_state_to_save
@@ -33,7 +34,6 @@ from spin_megatron.run.manifest import installed_versions, write_json
 
 logger = logging.getLogger(__name__)
 
-COMPLETE_NAME = "COMPLETE.json"
 SCHEMA = 1
 _PREFIX = "step_"
 

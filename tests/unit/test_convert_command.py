@@ -42,6 +42,21 @@ def test_there_and_back_with_verify_leaves_equal_tensors_and_their_digests(tmp_p
     assert facts["problems"] == []
 
 
+def test_the_model_card_states_the_settings_a_training_checkpoint_records(tmp_path: Path) -> None:
+    write_model(tmp_path / "source", SHAPE)
+    source, megatron = str(tmp_path / "source"), tmp_path / "step_00000012"
+    assert main(["convert", "hf-to-megatron", source, str(megatron)]) == 0
+    assert main(["convert", "megatron-to-hf", str(megatron), str(tmp_path / "untrained")]) == 0
+    assert "| training | none that this checkpoint records |" in (tmp_path / "untrained" / "README.md").read_text()
+    recipe = {"objective.loss": "hinge", "objective.beta": 0.1, "run.seed": 42}
+    facts = {"schema": 1, "kind": "training", "recipe": recipe, "progress": {"step": 12}, "versions": {"torch": "2.13.0"}}
+    (megatron / "COMPLETE.json").write_text(json.dumps(facts))
+    assert main(["convert", "megatron-to-hf", str(megatron), str(tmp_path / "trained")]) == 0
+    card = (tmp_path / "trained" / "README.md").read_text()
+    rows = ("converted from | step_00000012 (torch_dist)", "progress: step | 12", "objective.loss | hinge", "objective.beta | 0.1")
+    assert [row for row in (*rows, "run.seed | 42", "software | torch 2.13.0") if f"| {row} |" not in card] == []
+
+
 def test_verify_finds_a_single_changed_bit(tmp_path: Path) -> None:
     weights = write_model(tmp_path / "source", SHAPE)
     hf_to_torch_dist(tmp_path / "source", tmp_path / "megatron", show=False)
