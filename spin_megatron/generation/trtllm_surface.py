@@ -16,8 +16,8 @@ Rules that are no names, and that the double reproduces, each with the upstream 
   the output unless include_stop_str_in_output.
 - engine: prompt + max_tokens beyond max_seq_len is refused; logprobs need gather_generation_logits, prompt_logprobs a build with
   gather_context_logits. PyTorch: a prompt beyond max_num_tokens is refused. llmapi/llm.py, BaseLLM._check_arguments.
-- engine: KvCacheConfig.dtype must be "auto": llmapi/llm_args.py, TrtLlmArgs.validate_kv_cache_dtype. Limits beyond the built ones
-  are cut with a warning: TrtLlmArgs.validate_build_config_with_runtime_params.
+- engine: KvCacheConfig.dtype must be "auto": llmapi/llm_args.py, TrtLlmArgs.validate_kv_cache_dtype. Limits of the LLM that differ
+  from the built ones are refused in 1.0, later cut with a warning: TrtLlmArgs.validate_build_config_with_runtime_params.
 - the library's engine cache is keyed by its version, the build settings and the model's path: llmapi/build_cache.py,
   CachedStage.get_hash_key. TLLM_LLMAPI_BUILD_CACHE in the environment turns it on.
 - a calibration folder is read as split "train", column "text", unless its path holds the name of a data set it knows, and its text

@@ -143,6 +143,11 @@ def parallel_arguments(job: dict[str, Any]) -> dict[str, int]:
     return {"tensor_parallel_size": job["tensor_parallel"], "pipeline_parallel_size": job["pipeline_parallel"]}
 
 
+def limits(job: dict[str, Any]) -> dict[str, int]:
+    """What the engine is sized for. Given to the LLM as to the build, since releases refuse, cut or keep runtime limits that differ."""
+    return {name: job[name] for name in ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")}
+
+
 def kv_cache_config(job: dict[str, Any]) -> Any:
     """Block reuse off: it changes the first token's logits between the first and later equal prompts (issue 15503 upstream)."""
     from tensorrt_llm.llmapi import KvCacheConfig
@@ -160,10 +165,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     from tensorrt_llm._tensorrt_engine import LLM
 
     build_config = BuildConfig(
-        max_batch_size=job["max_batch_size"],
-        max_input_len=job["max_input_len"],
-        max_seq_len=job["max_seq_len"],
-        max_num_tokens=job["max_num_tokens"],
+        **limits(job),
         # Timings of kernels, not of weights: safe to reuse from one iteration to the next.
         input_timing_cache=job["timing_cache"]["input"],
         output_timing_cache=job["timing_cache"]["output"],
@@ -178,6 +180,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         # Every rank writes its engine here first: a folder that all of them see, where /tmp is of one node and may be small.
         workspace=job["workspace"],
         kv_cache_config=kv_cache_config(job),
+        **limits(job),
         **parallel_arguments(job),
         **quantization_arguments(job),
     )
@@ -226,7 +229,8 @@ def open_engine(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     missing = [rank for rank in range(num_ranks) if not (Path(job["engine"]) / f"rank{rank}.engine").exists()]
     if missing:
         raise RuntimeError(f"{job['engine']} lacks the engine files of ranks {missing}; run build-engine again")
-    llm = LLM(model=job["engine"], skip_tokenizer_init=True, kv_cache_config=kv_cache_config(job), **parallel_arguments(job))
+    arguments = {"skip_tokenizer_init": True, "kv_cache_config": kv_cache_config(job)}
+    llm = LLM(model=job["engine"], **arguments, **limits(job), **parallel_arguments(job))
     return llm, {"row_seeds": True}
 
 
@@ -239,10 +243,8 @@ def open_torch(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         model=job["model"],
         skip_tokenizer_init=True,
         dtype=job["dtype"],
-        max_batch_size=job["max_batch_size"],
-        max_seq_len=job["max_seq_len"],
-        max_num_tokens=job["max_num_tokens"],
         kv_cache_config=kv_cache_config(job),
+        **limits(job),
         **parallel_arguments(job),
         **sampler,
     )

@@ -15,6 +15,9 @@ if not _LINE.has_engines:
     raise ImportError("the TensorRT backend was removed")
 
 
+_LIMITS = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
+
+
 class LLM(BaseLLM):
     """A model path with rank files is an engine, else a Hugging Face folder to build from."""
 
@@ -42,14 +45,21 @@ class LLM(BaseLLM):
             raise AssertionError("an engine is not built again")
         self._built = folder
         self._engine = json.loads((folder / "config.json").read_text())
+        self._check_limits(keywords, self._engine)
         if self._engine["ranks"] != self._ranks:
             raise ValueError(f"tp_size {self._ranks} is not consistent with the engine's {self._engine['ranks']}")
+
+    def _check_limits(self, keywords: dict[str, Any], built: dict[str, Any]) -> None:
+        for name in _LIMITS:
+            if keywords.get(name) != built[name]:
+                raise ValueError(f"{name} [{keywords.get(name)}] is not equal to build_config.{name} [{built[name]}]")
 
     def _build(self, folder: Path, keywords: dict[str, Any]) -> None:
         if keywords["dtype"] == "auto":
             raise AssertionError("auto makes float16 of an fp32 checkpoint")
         config: BuildConfig = keywords["build_config"]
-        self._engine = {"mark": weights_mark(folder), "max_input_len": config.max_input_len, "max_seq_len": config.max_seq_len}
+        self._check_limits(keywords, vars(config))
+        self._engine = {"mark": weights_mark(folder)} | {name: getattr(config, name) for name in _LIMITS}
         self._engine |= {"vocab_size": json.loads((folder / "config.json").read_text())["vocab_size"], "ranks": self._ranks}
         if keywords.get("quant_config") is not None:
             self._calibrate(keywords)
