@@ -14,7 +14,7 @@ from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
 from spin_megatron.plan.duration import IterationTime, RunSettings, Storage, Workload, engine_gpus, engine_tensor, gpu_hours, run_time
 from spin_megatron.plan.hardware import GIGA, GPUS, Gpu, find_gpu
-from spin_megatron.plan.layouts import Candidate, Question, Refusal, Search, check_fits, describe, search, try_layout
+from spin_megatron.plan.layouts import Candidate, Question, Refusal, Search, by_recompute, check_fits, describe, search, try_layout
 from spin_megatron.plan.memory import RankMemory, Recompute, TrainSettings, all_ranks
 from spin_megatron.plan.precision import PRECISIONS, PrecisionName, check_capability
 from spin_megatron.plan.shape import ModelShape
@@ -240,6 +240,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "refused": [asdict(refusal) for refusal in plan.search.refusals],
         "own": _own_json(plan),
         "best": describe(plan.search.candidates[0]) if plan.search.candidates else None,
+        "best_by_recompute": [
+            candidate_json(mode, plan.num_gpus, question.gpu)
+            for best in plan.search.candidates[:1]
+            for mode in by_recompute(question, best)
+        ],
         "ranks": [_memory_json(memory) for memory in plan.ranks],
         "iterations": [asdict(iteration) | {"total": iteration.total} for iteration in plan.iterations],
         "gpu_hours": gpu_hours(plan.iterations, plan.num_gpus),

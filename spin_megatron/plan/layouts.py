@@ -177,6 +177,17 @@ def _batch(question: Question, layout: ParallelLayout) -> Batch:
     )
 
 
+def by_recompute(question: Question, candidate: Candidate) -> list[Candidate]:
+    """A candidate's layout in every recompute mode, whether it fits in it or not."""
+    found = []
+    for mode in RECOMPUTE_ORDER:
+        settings = replace(candidate.settings, recompute=mode)
+        memory = largest_rank(question.shape, candidate.layout, settings)
+        step = step_time(question.shape, candidate.layout, settings, question.gpu)
+        found.append(replace(candidate, settings=settings, memory=memory, step=step))
+    return found
+
+
 def _batch_reason(question: Question, layout: ParallelLayout, batch: Batch) -> str | None:
     if batch.pairs_per_step > MAX_BATCH_GROWTH * question.global_batch_pairs and batch.micro_batches == 1 and layout.data > 1:
         return (

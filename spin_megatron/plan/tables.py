@@ -7,8 +7,8 @@ from rich.table import Table
 from spin_megatron.plan.command import Plan
 from spin_megatron.plan.duration import IterationTime, gpu_hours
 from spin_megatron.plan.hardware import GIGA
-from spin_megatron.plan.layouts import Candidate, Refusal, describe, usable_bytes
-from spin_megatron.plan.memory import RankMemory
+from spin_megatron.plan.layouts import Candidate, Refusal, by_recompute, describe, usable_bytes
+from spin_megatron.plan.memory import RankMemory, chunks_in_flight
 from spin_megatron.plan.parameters import count_parameters
 from spin_megatron.plan.shape import ParallelLayout
 
@@ -32,6 +32,7 @@ def print_plan(plan: Plan, *, top: int, show_refused: bool) -> None:
         console.print(f"[bold]Best:[/bold] {describe(best)}", soft_wrap=True)
         console.print(_own_line(plan), soft_wrap=True)
         console.print(_memory_table(plan))
+        console.print(_recompute_line(best, plan))
         console.print(_step_line(best, plan))
         console.print(_run_table(plan.iterations, plan.num_gpus))
         for warning in plan.warnings:
@@ -111,6 +112,17 @@ def _chosen_ranks(ranks: list[RankMemory]) -> list[tuple[str, RankMemory]]:
         return [("0 (only)", ranks[0])]
     inner = [(f"1 to {len(ranks) - 2} (inner)", ranks[1])] if len(ranks) > 2 else []
     return [("0 (first)", ranks[0]), *inner, (f"{len(ranks) - 1} (last)", ranks[-1])]
+
+
+def _recompute_line(best: Candidate, plan: Plan) -> str:
+    """What the other recompute modes would take and cost, and how much is in flight at the first stage."""
+    modes = []
+    for mode in by_recompute(plan.question, best):
+        activations = f"activations {mode.memory.activations / GIGA:.1f}"
+        modes.append(f"{mode.settings.recompute} {mode.memory.total / GIGA:.1f} GB ({activations}), {mode.step.total:.2f} s")
+    chunks = chunks_in_flight(best.layout, 0, best.settings.micro_batches)
+    layers = best.layout.layers_of_rank(plan.question.shape.num_layers, 0) // best.layout.virtual_pipeline
+    return f"By recompute: {'; '.join(modes)}. In flight on rank 0: {chunks} chunks of {layers} layers"
 
 
 def _step_line(best: Candidate, plan: Plan) -> str:

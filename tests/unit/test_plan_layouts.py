@@ -214,6 +214,13 @@ def test_the_command_prints_tables_and_json_without_torch(tmp_path: Path) -> Non
     assert [memory["pipeline_rank"] for memory in plan["ranks"]] == [0, 1, 2, 3]
     assert plan["ranks"][0]["state"]["num_parameters"] == 2270756864
     assert len(plan["iterations"]) == 3
+    modes = plan["best_by_recompute"]
+    assert [mode["recompute"] for mode in modes] == ["none", "selective", "full"]
+    assert modes[0]["memory"] == plan["layouts"][0]["memory"]
+    memory, seconds = ([mode[key]["total"] for mode in modes] for key in ("memory", "step"))
+    assert memory == sorted(memory, reverse=True)
+    assert seconds == sorted(seconds)
+    assert f"By recompute: none {memory[0] / 1e9:.1f} GB" in tables
     assert all(refusal["reason"] for refusal in plan["refused"])
 
 
