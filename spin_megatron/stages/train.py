@@ -125,9 +125,6 @@ def _train(job: _Job) -> bool:
     shape = ModelShape.from_huggingface(theta)
     chunks = build_model(shape, runtime, dtype=job.dtype, recompute=config.train.recompute, fp8=job.fp8)
     load_huggingface(chunks, theta, shape, runtime, show=context.show)
-    references = _reference_phase(job, chunks)
-    if references is None:
-        return False
     has_copies = runtime.layout.data * runtime.layout.context > 1
     rule = UpdateRule(
         name=config.optimizer.name,
@@ -141,6 +138,11 @@ def _train(job: _Job) -> bool:
         is_distributed=config.train.distributed_optimizer and has_copies,
     )
     trainer = build_trainer(chunks, rule, overlap=has_copies and overlaps(config.parallel.overlap, runtime.device))
+    # After the trainer: the distributed optimizer moves the weights into a buffer of its own, and the GPU's matrix library chooses
+    # kernels by the alignment of what it is given. The reference is scored from where the weights lie when they are trained.
+    references = _reference_phase(job, chunks)
+    if references is None:
+        return False
     if not _update_phase(job, trainer, references):
         return False
     gather_weights(trainer)
