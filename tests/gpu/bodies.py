@@ -1,10 +1,12 @@
 """What the tests of this folder do, by device: tests/parity/test_gpu_bodies.py runs the same on the CPU, smaller and in fp32."""
 
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -44,11 +46,12 @@ def different_pairs(seed: int, num_pairs: int, vocab_size: int) -> list[SpinPair
 
 @dataclass(frozen=True)
 class Steps:
-    """What a few updates were: per step loss and mean |margin|; the reference sums they started from; whether gradients were finite."""
+    """What a few updates were: loss, mean |margin|, whether gradients were finite and seconds, a step each; the reference sums."""
 
     losses: list[float]
     margins: list[float]
     are_applied: list[bool]
+    seconds: list[float]
     references: dict[str, ReferenceScore] = field(repr=False)
 
 
@@ -73,10 +76,12 @@ def update(
 ) -> Steps:
     """Score the packs, then train on all of them a few times. Raises ValueError when the first margins are not exactly 0."""
     batches = [make_batch(pack, pack_tokens=pack_tokens, pad_id=0, share_prompt=True) for pack in packs]
-    references = score(chunks, batches, runtime)
     trainer = build_trainer(chunks, UpdateRule("rmsprop"))
-    outcomes = [
-        train_step(
+    references = score(chunks, batches, runtime)
+    outcomes, seconds = [], []
+    for step in range(num_steps):
+        started = time.perf_counter()
+        outcome = train_step(
             trainer,
             batches,
             references,
@@ -86,12 +91,15 @@ def update(
             learning_rate=1e-4,
             must_start_at_zero=step == 0,
         )
-        for step in range(num_steps)
-    ]
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        outcomes.append(outcome)
+        seconds.append(time.perf_counter() - started)
     return Steps(
         [outcome.metrics["loss"] for outcome in outcomes],
         [outcome.metrics["margin_abs"] for outcome in outcomes],
         [outcome.is_applied for outcome in outcomes],
+        seconds,
         references,
     )
 
@@ -103,7 +111,20 @@ def train_from_zero(folder: Path, device: DeviceKind, precision: PrecisionName, 
     with running(ParallelLayout(), device=device, seed=1) as runtime:
         chunks = build(shape, runtime, precision, num_bf16_end_layers=num_bf16_end_layers)
         load_huggingface(chunks, folder, shape, runtime, show=False)
+        with torch.no_grad():  # the tiny models are drawn for narrow ones; a power of two rounds nothing
+            for parameter in chunks[0].parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(0.25)
         return update(chunks, packs, runtime, num_steps=3)
+
+
+def rms_nats(found: dict[str, ReferenceScore], expected: dict[str, ReferenceScore]) -> float:
+    """Root mean square difference of a token's log-prob, from the sums: if tokens err independently, squares of sums add up."""
+    squares, num_tokens = 0.0, 0
+    for name, score_ in expected.items():
+        squares += (found[name].logp_real - score_.logp_real) ** 2 + (found[name].logp_generated - score_.logp_generated) ** 2
+        num_tokens += score_.num_real + score_.num_generated
+    return math.sqrt(squares / num_tokens)
 
 
 @dataclass(frozen=True)
@@ -153,10 +174,27 @@ def wide_shape(*, num_layers: int, ffn: int, vocab_size: int) -> ModelShape:
     )
 
 
-def step_of_a_slice(
-    shape: ModelShape, device: DeviceKind, precision: PrecisionName, *, num_packs: int, pairs_per_pack: int, pack_tokens: int
-) -> tuple[Steps, int, int]:
-    """One real update of a slice of a large model, from drawn weights: (the step, peak bytes measured, peak bytes planned)."""
+@dataclass(frozen=True)
+class Slice:
+    """Updates of a slice, the peak bytes they took and those planned with these settings."""
+
+    steps: Steps
+    measured_bytes: int
+    planned_bytes: int
+    settings: TrainSettings
+
+
+def steps_of_a_slice(
+    shape: ModelShape,
+    device: DeviceKind,
+    precision: PrecisionName,
+    *,
+    num_packs: int,
+    pairs_per_pack: int,
+    pack_tokens: int,
+    num_steps: int,
+) -> Slice:
+    """Real updates of a slice of a large model, from drawn weights."""
     packs = [different_pairs(seed, pairs_per_pack, shape.vocab_size) for seed in range(num_packs)]
     with running(ParallelLayout(), device=device, seed=1) as runtime, peak_memory(device) as peak:
         chunks = build(shape, runtime, precision)
@@ -167,7 +205,7 @@ def step_of_a_slice(
                     parameter.fill_(1.0)
                 else:
                     parameter.uniform_(-0.02, 0.02, generator=generator)
-        steps = update(chunks, packs, runtime, num_steps=1, pack_tokens=pack_tokens)
+        steps = update(chunks, packs, runtime, num_steps=num_steps, pack_tokens=pack_tokens)
         measured = peak.num_bytes
     rows = sum(len(pair.real_ids) + len(pair.generated_ids) for pair in packs[0]) / pack_tokens
     has_fused_gradients = device == "cuda" and precision != "fp32"
@@ -181,7 +219,7 @@ def step_of_a_slice(
         fused_gradients=has_fused_gradients,
     )
     # The CUDA context is outside torch's allocator, and the CPU has none.
-    return steps, measured, rank_memory(shape, ParallelLayout(), settings, 0).total - CONTEXT_BYTES
+    return Slice(steps, measured, rank_memory(shape, ParallelLayout(), settings, 0).total - CONTEXT_BYTES, settings)
 
 
 def run_train(layout: RunLayout, precision: PrecisionName) -> None:
