@@ -14,7 +14,8 @@ from spin_megatron.pipeline import StageRef, folder_of, made_in
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import Manifest, write_manifest
 
-CONFIG = '[run]\niterations = 3\n[model]\npath = "org/m"\nrevision = "a"\n[data]\nsource = "org/d"\nrevision = "b"\n'
+PINNED = "0123456789" * 4
+CONFIG = f'[run]\niterations = 3\n[model]\npath = "org/m"\nrevision = "{PINNED}"\n[data]\nsource = "org/d"\nrevision = "{PINNED}"\n'
 
 
 @pytest.fixture
