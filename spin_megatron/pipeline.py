@@ -206,8 +206,9 @@ def folder_of(layout: RunLayout, ref: StageRef) -> Path:
 
 
 def log_folder(layout: RunLayout, ref: StageRef) -> Path:
-    """Logs of a stage's attempts; theta_{t+1} is made in iteration t."""
-    return layout.logs(ref.name, made_in(ref), ref.shard)
+    """Logs of a stage's attempts; theta_{t+1} is made in iteration t, beside theta_0 in the first."""
+    name = "export_base" if ref == StageRef("export", 0) else ref.name
+    return layout.logs(name, made_in(ref), ref.shard)
 
 
 def made_in(ref: StageRef) -> int:

@@ -20,14 +20,14 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from spin_megatron.config import RunConfig, SlurmStageSection, StageName
 from spin_megatron.generation.engine import EXTERNAL
 from spin_megatron.launch.failures import record_submission
 from spin_megatron.launch.loop import check_config, open_or_start, remember_changes
-from spin_megatron.pipeline import LOCK_STALE_SECONDS, STAGES, StageRef, early_stop, made_in, missing_stages
+from spin_megatron.pipeline import LOCK_STALE_SECONDS, STAGES, StageRef, early_stop, log_folder, made_in, missing_stages
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held
@@ -138,8 +138,7 @@ def sbatch_command(config: RunConfig, layout: RunLayout, link: Link, *, after: s
 
 def slurm_log_folder(layout: RunLayout, link: Link) -> Path:
     """Where the batch shells of a link write."""
-    iteration = made_in(link.refs[0]) if link.refs else link.iteration
-    return layout.logs(link.name, iteration)
+    return log_folder(layout, replace(link.refs[0], shard=None)) if link.refs else layout.logs(link.name, link.iteration)
 
 
 def _resources(config: RunConfig, settings: SlurmStageSection) -> list[str]:

@@ -200,7 +200,7 @@ class ClusterRun:
     def preempt(self, what: Callable[[], bool]) -> None:
         """Take every node for a moment from a partition of higher priority, until `what` says that it hit."""
         words = ["sbatch", "--parsable", "--partition=main", f"--nodes={len(self.cluster.node_states())}", "--exclusive"]
-        job = self.slurm(*words, "--output=/dev/null", "--wrap=sleep 1").strip()
+        job = self.slurm(*words, "--output=/dev/null", "--wrap=true").strip()
         try:
             self.wait(what, "preemption")
         finally:

@@ -73,7 +73,7 @@ def small_disk(private_folder: Path) -> Iterator[SmallDisk]:
 def cluster(private_folder: Path, small_disk: SmallDisk) -> Iterator[Cluster]:
     """Four idle nodes; SLURM_CONF and the jobs' environment are set for the rest of the session."""
     cluster = Cluster(private_folder / "slurm")
-    options = Options(nodes=NUM_NODES, cpus=8, gpus=0, tracking=_tracking(), requeue_delay=5, node_timeout=60, kill_wait=2)
+    options = Options(nodes=NUM_NODES, cpus=8, gpus=0, tracking=_tracking(), requeue_delay=5, node_timeout=60, kill_wait=1)
     environment = pytest.MonkeyPatch()
     environment.setenv("SLURM_CONF", str(cluster.conf))
     environment.setenv("PYTHONPATH", str(REPOSITORY))
@@ -91,8 +91,9 @@ def cluster(private_folder: Path, small_disk: SmallDisk) -> Iterator[Cluster]:
 
 
 def _tracking() -> Tracking:
-    """Control groups, as clusters have them, where this machine offers them and no other cluster's nodes have ours' names."""
-    return "cgroup" if os.access(FREEZER, os.W_OK) and not any(FREEZER.glob("slurm_n*")) else "linuxproc"
+    """Control groups, as clusters have them, where this machine offers them and no other cluster's nodes use ours' names."""
+    used = [file for file in FREEZER.glob("slurm_n*/**/cgroup.procs") if file.read_text(encoding="utf-8").strip()]
+    return "cgroup" if os.access(FREEZER, os.W_OK) and not used else "linuxproc"
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def golden(link: str, iteration: int, *, array: str, after: str, logs: str, minu
 def test_a_fresh_run_is_one_chain_in_which_every_link_waits_for_the_one_before() -> None:
     lines = [shlex.join(words) for words in dry_run(make_config(), RunLayout(Path("/r")))]
     expected = [
-        golden("export", 0, array="0-0", after="", logs="iter_0/logs/export"),
+        golden("export", 0, array="0-0", after="", logs="iter_0/logs/export_base"),
         golden("prepare", 0, array="0-0", after="afterok:<job of export 0>", logs="iter_0/logs/prepare"),
         golden("build-engine", 0, array="0-0", after="afterok:<job of prepare 0>", logs="iter_0/logs/build-engine"),
         golden("generate", 0, array="0-2%8", after="afterok:<job of build-engine 0>", logs="iter_0/logs/generate"),
