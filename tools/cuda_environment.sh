@@ -50,6 +50,7 @@ fi
 "${pip[@]}" install -q -c "$folder/constraints.txt" -e "${repository}[dev]"
 # All that was installed but torch, what belongs to it, and this package: for machines without an index.
 "${pip[@]}" freeze --exclude-editable | sed -E '/^(torch|triton|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*|transformer[-_]engine.*|megatron[-_]core)(==| @)/{/^nvidia-cudnn-frontend==/!d}' >"$folder/wheels.txt"
+find "$folder/wheels" -name '*.whl' ! -name 'transformer_engine*' ! -name 'megatron_core*' -delete  # of an earlier run
 "${pip[@]}" download -q --no-deps -d "$folder/wheels" -r "$folder/wheels.txt"
 
 cat >"$folder/activate" <<END

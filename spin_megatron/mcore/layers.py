@@ -35,7 +35,7 @@ def choose_layer_spec(device: torch.device) -> LayerSpec:
     if device.type != "cuda":
         return LayerSpec("local", f"Transformer Engine computes on CUDA only, and this is {device.type}")
     if importlib.util.find_spec("transformer_engine") is None:
-        return LayerSpec("local", "Transformer Engine is not installed (pip install spin-megatron[gpu])")
+        return LayerSpec("local", "Transformer Engine is not installed (tools/cuda_environment.sh)")
     return LayerSpec("transformer_engine", "Transformer Engine is installed")
 
 

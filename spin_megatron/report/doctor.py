@@ -180,9 +180,9 @@ def examine_transformer_engine() -> Finding:
     topic = "transformer-engine"
     found = installed("transformer-engine")
     if found is None:
-        return Finding(topic, "absent", "not installed", "needed for FP8, optional otherwise: pip install -e '.[gpu]'")
+        return Finding(topic, "absent", "not installed", "needed for FP8, optional otherwise: tools/cuda_environment.sh")
     if find_spec("transformer_engine_torch") is None and installed("transformer-engine-torch") is None:
-        return Finding(topic, "problem", f"{found.version} without its torch part", "pip install -e '.[gpu]' (it builds with nvcc)")
+        return Finding(topic, "problem", f"{found.version} without its torch part", "tools/cuda_environment.sh builds it, with nvcc")
     return Finding(topic, "ok", found.version)
 
 
