@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spin_megatron.pipeline import StageRef, folder_of
+from spin_megatron.launch.loop import open_run
+from spin_megatron.pipeline import StageRef, folder_of, redo
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import digest_file
 from spin_megatron.run.records import SpinPair, read_rows
@@ -165,6 +168,26 @@ def test_a_stop_request_saves_exits_75_and_resumes_to_the_same_weights(undisturb
     assert result.returncode == 0, result.stdout + result.stderr
     assert [line["step"] for line in metrics(layout, 0)] == [line["step"] for line in metrics(undisturbed, 0)]
     assert steps_before < len(metrics(layout, 0))
+    assert_same_weights(layout, undisturbed, 1)
+
+
+def test_a_disk_that_fills_up_ends_training_with_3_and_the_next_attempt_with_the_same_weights(
+    undisturbed: RunLayout, config_path: Path
+) -> None:
+    layout = RunLayout(config_path.parent / "full run")
+    shutil.copytree(undisturbed.root, layout.root, symlinks=True)
+    config, _ = open_run(layout.root)
+    redo(config, layout, StageRef("train", 0))
+    command = [*SPIN_MEGATRON, "train", "--run-dir", str(layout.root), "--iteration", "0"]
+    # Room for logs, metrics and reference scores, but not for a checkpoint: weights and optimizer state are 0.8 MB a rank.
+    full = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); os.execv(sys.argv[1], sys.argv[1:])"
+    result = subprocess.run([sys.executable, "-c", full, *command], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert "The disk is full" in result.stderr
+    assert "goes on from the last whole file" in " ".join(result.stderr.split())
+    assert not layout.manifest(layout.train(0)).exists()
+    assert spin_megatron("train", "--run-dir", layout.root, "--iteration", "0").returncode == 0
+    assert spin_megatron("export", "--run-dir", layout.root, "--iteration", "1").returncode == 0
     assert_same_weights(layout, undisturbed, 1)
 
 
