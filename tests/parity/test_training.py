@@ -139,6 +139,22 @@ def test_rmsprop_is_the_papers_formula(models: dict[str, Path], runtime: Runtime
             torch.testing.assert_close(parameter.detach().double(), weights[name], rtol=1e-6, atol=1e-6)
 
 
+def test_adamw_is_that_of_torch_in_float64(models: dict[str, Path], runtime: Runtime) -> None:
+    bench = make_bench(models["llama2"], UpdateRule("adamw", weight_decay=0.1), runtime)
+    parameters = dict(bench.trainer.chunks[0].module.named_parameters())
+    twins = {name: torch.nn.Parameter(parameter.detach().double()) for name, parameter in parameters.items()}
+    groups: list[dict] = [{"params": [twin for twin in twins.values() if twin.dim() > 1], "weight_decay": 0.1}]
+    groups.append({"params": [twin for twin in twins.values() if twin.dim() == 1], "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
+    for number in range(NUM_STEPS):
+        make_steps(bench, [number])
+        for name, parameter in parameters.items():
+            twins[name].grad = parameter.main_grad.double()
+        optimizer.step()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter.detach().double(), twins[name].detach(), rtol=1e-6, atol=1e-6)
+
+
 def test_weight_decay_shrinks_matrices_and_leaves_norms_and_biases(tmp_path: Path, runtime: Runtime) -> None:
     bench = make_bench(make_tiny_model("qwen2_tied", tmp_path), UpdateRule("adamw", weight_decay=0.5), runtime)
     parameters = dict(bench.trainer.chunks[0].module.named_parameters())
