@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from spin_megatron.plan.adapters import MODULES, AdapterShape, Target
 from spin_megatron.plan.precision import PRECISIONS, REFUSED, PrecisionName
 from spin_megatron.plan.shape import ParallelLayout
 
@@ -177,6 +178,30 @@ class TrainSection(Section):
         return PRECISIONS[self.precision].dtype
 
 
+class LoraSection(Section):
+    """[lora]: train low-rank adapters beside frozen weights. They are merged into theta_{t+1} on export: each iteration starts anew."""
+
+    rank: int = Field(0, ge=0, description="0: no adapters, every weight is trained")
+    alpha: float = Field(32.0, gt=0, description="the adapters' output is multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0, description="0 alone: reference and policy must compute the same")
+    targets: list[Target] = Field(list(MODULES), min_length=1, description="Megatron Core's linear layers: qkv, proj, fc1, fc2")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.dropout:
+            raise ValueError(
+                f"lora.dropout={self.dropout:g} is refused: with dropout the policy before its first update would not be its opponent "
+                "theta_t, and no margin could be 0; use 0."
+            )
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora.targets={self.targets} names a layer twice; name each once.")
+        return self
+
+    def shape(self) -> AdapterShape | None:
+        """The adapters' sizes; None when every weight is trained."""
+        return AdapterShape(self.rank, tuple(self.targets)) if self.rank else None
+
+
 class ParallelSection(Section):
     """[parallel]: ranks = tensor x pipeline x data x context."""
 
@@ -289,6 +314,7 @@ class RunConfig(Section):
     objective: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
+    lora: LoraSection = LoraSection()
     parallel: ParallelSection = ParallelSection()
     evaluate: EvaluateSection = EvaluateSection()
     stop: StopSection = StopSection()

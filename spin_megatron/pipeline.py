@@ -116,7 +116,7 @@ STAGES: dict[StageName, Stage] = {
     ),
     "train": Stage(
         "train",
-        ("run.seed", "objective", "optimizer", "train"),
+        ("run.seed", "objective", "optimizer", "train", "lora"),
         lambda layout, ref: layout.train(ref.iteration),
         lambda config, t: (StageRef("merge", t), StageRef("export", t)),
         ignored=tuple(

@@ -16,11 +16,12 @@ from functools import partial
 from itertools import pairwise
 from math import inf, prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from spin_megatron.convert.adapters import MergedCheckpoint
 from spin_megatron.convert.families import Parameter, cut_rows, parameters, row_blocks
 from spin_megatron.convert.hf_io import DTYPES, HfFolder, check_tensors, copy_tokenizer_files, is_carried, write_config_both_dialects
 from spin_megatron.convert.read_ahead import ahead
@@ -208,6 +209,7 @@ def torch_dist_to_hf(
     max_file_bytes: int = HUGGINGFACE_FILE_BYTES,
     workers: int | None = None,
     trust: bool = False,
+    lora_alpha: float | None = None,
     show: bool = True,
 ) -> None:
     """Write the weights of a torch_dist checkpoint, of ours or of training, as a Hugging Face folder.
@@ -222,6 +224,7 @@ def torch_dist_to_hf(
         destination: a new or empty folder, or one this conversion left unfinished.
         dtype: of the tensors written: as stored in the checkpoint, as in the source, or one for all.
         trust: open the checkpoint's pickled index although no manifest of ours vouches for it.
+        lora_alpha: the checkpoint holds LoRA adapters alone; what is written is source's weights with them merged in, in `dtype`.
 
     Raises:
         ValueError: the checkpoint is not whole, lacks or adds tensors, or has them in other shapes than config.json asks for; a
@@ -230,10 +233,14 @@ def torch_dist_to_hf(
     """
     source = checkpoint / SOURCE_FOLDER if source is None else source
     shape, names = ModelShape.from_huggingface(source), source_dtypes(source)
-    saved = SavedCheckpoint(checkpoint, trust=trust)
+    settings: dict[str, Any] = {"dtype": dtype, "max_file_bytes": max_file_bytes}
+    if lora_alpha is None:
+        saved = SavedCheckpoint(checkpoint, trust=trust)
+    else:
+        saved = MergedCheckpoint(checkpoint, source, alpha=lora_alpha, dtype=_CASTS[dtype], trust=trust)
+        settings["lora_alpha"] = lora_alpha
     weights = StoredWeights(saved, shape, names, dtype)
     files = plan_files(weights.planned(), max_file_bytes)
-    settings = {"dtype": dtype, "max_file_bytes": max_file_bytes}
     key = stage_key("megatron-to-hf", settings, {"checkpoint": saved.identity(), "config": (source / "config.json").read_text("utf-8")})
     done = [file for file in files if (destination / file.name).exists()]
     begin(destination, key, sum(file.num_bytes for file in files if file not in done))

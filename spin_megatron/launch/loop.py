@@ -81,6 +81,8 @@ def check_config(config: RunConfig) -> None:
     layout, train = config.parallel.layout(), config.train
     layout.check(shape)
     check_precision(train.precision, shape, layout, pack_tokens=train.pack_tokens, num_bf16_end_layers=train.num_bf16_end_layers)
+    if (adapters := config.lora.shape()) is not None:
+        adapters.check(shape)
     longest = config.data.max_prompt_tokens + config.data.max_response_tokens
     if longest > shape.max_positions:
         raise ValueError(

@@ -3,7 +3,8 @@
 A training checkpoint is a folder `step_00000100` in Megatron Core's torch_dist format: weights under GPTModel's own keys,
 `optimizer.state.*`, `rng.*`, and, written last, COMPLETE.json. A folder without that file is garbage of a process that
 died, and is removed on resume. Tensors are stored whole and stacked over layers, so a checkpoint loads at any TP, PP, VPP
-and DP; at the layout that saved it, it loads bit for bit. A weights checkpoint holds the weights alone, for export.
+and DP; at the layout that saved it, it loads bit for bit. A weights checkpoint holds the weights alone, for export. Of a model with LoRA
+adapters both hold the adapters in the weights' place: the frozen base is theta_t, whose digest is in the recipe.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from spin_megatron.convert.saved_checkpoint import COMPLETE_NAME
 from spin_megatron.data.progress import Progress
+from spin_megatron.mcore.lora import has_adapters, sharded_adapters
 from spin_megatron.mcore.optimizer import Trainer, gather_weights
 from spin_megatron.mcore.optimizer_state import restore_state, sharded_state_to_load, sharded_state_to_save
 from spin_megatron.mcore.runtime import Runtime
@@ -164,7 +166,12 @@ def remove_training(root: Path) -> None:
 
 
 def _sharded_weights(chunk: nn.Module) -> dict[str, Any]:
-    """The chunk's weights as sharded tensors. `_extra_state` objects are left out: only FP8 recipes refused here fill them."""
+    """The chunk's trained weights as sharded tensors: of an adapted model the adapters alone.
+
+    `_extra_state` objects are left out: only FP8 recipes refused here fill them.
+    """
+    if has_adapters(chunk):
+        return sharded_adapters(chunk)
     state: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
     return {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
 
@@ -207,7 +214,8 @@ def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 def _restore_weights(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
-        missing = [name for name in missing if not name.endswith("_extra_state")]
+        trained = {name for name, parameter in chunk.named_parameters() if parameter.requires_grad}
+        missing = [name for name in missing if name in trained]
         assert not missing and not unexpected, f"missing {missing}, unexpected {unexpected}"
 
 

@@ -111,15 +111,17 @@ class _RmsNorm(torch.autograd.Function):
         return weight_H * (wide * scale).to(hidden.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         hidden, weight_H, scale = ctx.saved_tensors
         normed = _at_least_float32(hidden) * scale
         wide_grad = _at_least_float32(grad)
-        dweight_H = (wide_grad * normed).flatten(0, -2).sum(dim=0)
+        dweight_H = None  # beside LoRA adapters the weight is frozen
+        if ctx.needs_input_grad[1]:
+            dweight_H = (wide_grad * normed).flatten(0, -2).sum(dim=0).to(weight_H.dtype)
         grad_normed = wide_grad * weight_H.to(normed.dtype)
         shared = (grad_normed * normed).mean(dim=-1, keepdim=True)
         dhidden = torch.addcmul(grad_normed, normed, shared, value=-1).mul_(scale)
-        return dhidden.to(hidden.dtype), dweight_H.to(weight_H.dtype), None
+        return dhidden.to(hidden.dtype), dweight_H, None
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -171,6 +171,7 @@ def make_question(config: RunConfig, shape: ModelShape, gpu: Gpu, lengths: Lengt
         distributed_optimizer=config.train.distributed_optimizer,
         # "auto" overlaps on GPUs too, but what that hides was not measured yet: plans do not count on it unless it is asked for.
         overlap_data=config.parallel.overlap == "on",
+        adapters=config.lora.shape(),
     )
     return Question(shape, gpu, settings, workload, config.train.global_batch_pairs, config.train.share_prompt)
 

@@ -4,13 +4,15 @@ Exact (held equal to Megatron Core's by tests): weights, gradients and optimizer
 communication buffers, CUDA context. Formulas and their sources, with measured runs beside them: docs/planner.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from spin_megatron.plan.adapters import ROW_PARALLEL, AdapterShape
 from spin_megatron.plan.hardware import GIB
 from spin_megatron.plan.parameters import (
+    Parameter,
+    adapter_parameters,
     build_buffer,
-    chunk_parameters,
     padded_vocab,
     rank_parameters,
     split_by_kind,
@@ -51,6 +53,7 @@ class TrainSettings:
     keys_per_token: keys a token attends to on average; half a sequence where sequences are packed whole.
     fused_gradients: products of the backward add to the fp32 gradient buffer themselves (apex or Transformer Engine kernels).
     recompute_logits: the head's backward makes the logits again instead of keeping them, as objective/logprobs.py does.
+    adapters: LoRA beside frozen weights; None: every weight is trained.
     overlap_*: collectives run beside computation. Tensor: Transformer Engine's user buffers.
     """
 
@@ -66,6 +69,7 @@ class TrainSettings:
     keys_per_token: float = 512.0
     fused_gradients: bool = False
     recompute_logits: bool = True
+    adapters: AdapterShape | None = None
     overlap_tensor: bool = False
     overlap_pipeline: bool = False
     overlap_data: bool = False
@@ -114,11 +118,15 @@ def state_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettin
     """Weights, gradients and optimizer state of one rank, equal to what Megatron Core allocates.
 
     Weights and gradients lie in one buffer a chunk (padded when sharded); the optimizer keeps an fp32 copy of bf16 weights and the
-    moments, of the whole buffer or of this rank's 1/data share. Experts have their own buffer, shared by fewer ranks.
+    moments, of the whole buffer or of this rank's 1/data share. Experts have their own buffer, shared by fewer ranks. Frozen weights
+    lie outside and have nothing besides.
     """
     num_parameters = weights = gradients = optimizer = 0
+    if settings.adapters is not None:
+        num_parameters = sum(parameter.numel for chunk in rank_parameters(shape, layout, pipeline_rank) for parameter in chunk)
+        weights = num_parameters * settings.weight_bytes
     per_element = FLOAT32_BYTES * (_MOMENTS[settings.optimizer] + (settings.precision != "fp32"))
-    for index, chunk in enumerate(rank_parameters(shape, layout, pipeline_rank)):
+    for index, chunk in enumerate(trained_parameters(shape, layout, settings, pipeline_rank)):
         bucket_elements = _bucket_elements(layout, settings) if pipeline_rank == index == 0 else None
         for parameters, num_ranks in zip(split_by_kind(chunk), (layout.data * layout.context, expert_data_ranks(layout)), strict=True):
             if not parameters:
@@ -140,6 +148,14 @@ def state_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettin
 def _bucket_elements(layout: ParallelLayout, settings: TrainSettings) -> int | None:
     """What Megatron Core reduces at a time beside the backward (distributed_data_parallel.py), on the first stage's first chunk alone."""
     return max(40_000_000, 1_000_000 * layout.data) if settings.overlap_data and layout.data * layout.context > 1 else None
+
+
+def trained_parameters(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> list[list[Parameter]]:
+    """What of a rank has gradients, chunk by chunk: everything, or the adapters alone."""
+    chunks = rank_parameters(shape, layout, pipeline_rank)
+    if settings.adapters is None:
+        return chunks
+    return [adapter_parameters(chunk, shape, layout, settings.adapters) for chunk in chunks]
 
 
 def expert_data_ranks(layout: ParallelLayout) -> int:
@@ -195,7 +211,27 @@ def layer_widths(shape: ModelShape, layout: ParallelLayout, settings: TrainSetti
         attention += shape.num_heads * shape.head_dim / layout.tensor / 2
         if shape.num_experts is None:
             residual, mlp = 3 * hidden, 2.5 * shape.ffn_hidden_size / layout.tensor
-    return LayerWidths(residual, attention, mlp, shape.num_heads / layout.tensor, hidden)
+    widths = LayerWidths(residual, attention, mlp, shape.num_heads / layout.tensor, hidden)
+    return widths if settings.adapters is None else _adapted(widths, shape, layout, settings, settings.adapters)
+
+
+def _adapted(
+    widths: LayerWidths, shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, adapters: AdapterShape
+) -> LayerWidths:
+    """With LoRA: a frozen linear layer keeps no input for its weight's gradient, an adapter keeps its own and A x.
+
+    The attention's output is kept by the attention itself, the MLP's input also by its recomputation; experts have no adapters and,
+    frozen, are counted as if trained. Beside FP8 layers an adapter's input is in bf16.
+    """
+    split = layout.tensor if layout.sequence else 1
+    keeps_mlp_input = "fc1" in adapters.targets or settings.recompute == "selective" or shape.num_experts is not None
+    norms = ("qkv" in adapters.targets) + keeps_mlp_input
+    low = {target: adapters.rank / (split if target in ROW_PARALLEL else 1) for target in adapters.targets}
+    residual = (2 + norms) * widths.checkpoint + low.get("qkv", 0) + low.get("proj", 0)
+    mlp = widths.mlp
+    if shape.num_experts is None:
+        mlp = (2 + ("fc2" in adapters.targets)) * shape.ffn_hidden_size / layout.tensor + low.get("fc1", 0) + low.get("fc2", 0)
+    return replace(widths, residual=residual, mlp=mlp)
 
 
 def _moe_width(shape: ModelShape, layout: ParallelLayout) -> float:
@@ -240,7 +276,8 @@ def activation_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainS
     kept += tokens * widths.recomputed_bytes(element, settings.recompute)
     if not settings.fused_gradients:
         # The largest matrix's gradient in bf16, before it is added to the fp32 buffer.
-        kept += max(p.numel for p in chunk_parameters(shape, layout, pipeline_rank) if p.name.startswith("decoder.")) * element
+        trained = trained_parameters(shape, layout, settings, pipeline_rank)[0]
+        kept += max(p.numel for p in trained if p.name.startswith("decoder.")) * element
     kept += fp8_copy_bytes(shape, layout, settings, pipeline_rank)
     if pipeline_rank == 0:
         # The embedding's output, for each micro-batch in flight.

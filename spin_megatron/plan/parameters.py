@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from spin_megatron.plan.adapters import FACTOR_A, FACTOR_B, MODULES, AdapterShape
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 
 # param_and_grad_buffer.py: a parameter starts at a multiple of 64 elements, a bucket ends at one of 128 (both only when sharded).
@@ -98,6 +99,27 @@ def _experts(shape: ModelShape, layout: ParallelLayout, prefix: str) -> list[Par
 def rank_parameters(shape: ModelShape, layout: ParallelLayout, pipeline_rank: int) -> list[list[Parameter]]:
     """Parameters of all model chunks of a rank, chunk by chunk."""
     return [chunk_parameters(shape, layout, pipeline_rank, chunk) for chunk in range(layout.virtual_pipeline)]
+
+
+def adapter_parameters(
+    parameters: Iterable[Parameter], shape: ModelShape, layout: ParallelLayout, adapters: AdapterShape
+) -> list[Parameter]:
+    """The LoRA factors beside a chunk's parameters, in the order of `named_parameters()`: all that is trained then."""
+    inputs = {
+        "qkv": shape.hidden_size,
+        "proj": shape.num_heads * shape.head_dim // layout.tensor,
+        "fc1": shape.hidden_size,
+        "fc2": shape.ffn_hidden_size // layout.tensor,
+    }
+    suffixes = {f".{MODULES[target]}.weight": inputs[target] for target in adapters.targets}
+    found = []
+    for parameter in parameters:
+        for suffix, columns in suffixes.items():
+            if parameter.name.endswith(suffix):
+                linear = parameter.name.removesuffix("weight")
+                found.append(Parameter(f"{linear}{FACTOR_A}", adapters.rank * columns))
+                found.append(Parameter(f"{linear}{FACTOR_B}", parameter.numel // columns * adapters.rank))
+    return found
 
 
 def count_parameters(shape: ModelShape, *, active: bool = False) -> int:

@@ -8,8 +8,16 @@ which tests/unit/test_plan_published.py holds within 20%. Formulas, sources and 
 from dataclasses import dataclass, replace
 
 from spin_megatron.plan.hardware import Gpu
-from spin_megatron.plan.memory import FLOAT32_BYTES, Recompute, TrainSettings, expert_data_ranks, scheduled_batches, state_bytes
-from spin_megatron.plan.parameters import chunk_parameters, padded_vocab, rank_parameters, split_by_kind
+from spin_megatron.plan.memory import (
+    FLOAT32_BYTES,
+    Recompute,
+    TrainSettings,
+    expert_data_ranks,
+    scheduled_batches,
+    state_bytes,
+    trained_parameters,
+)
+from spin_megatron.plan.parameters import chunk_parameters, padded_vocab, split_by_kind
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 
 # Shares of the data sheet's peak, fitted to the published runs.
@@ -118,13 +126,18 @@ def layer_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSetting
     attention = scores / (gpu.bf16_flops * ATTENTION_SHARE)
     elementwise = tokens * _elementwise_bytes(shape, layout, settings) / (gpu.memory_bandwidth * MEMORY_SHARE)
     forward = max(products + attention + elementwise, LAYER_LAUNCH_SECONDS)
-    backward = max(GEMM_BACKWARD * products + ATTENTION_BACKWARD * attention + 2 * elementwise, 2 * LAYER_LAUNCH_SECONDS)
-    if not settings.fused_gradients:
+    backward = max(_backward_products(settings) * products + ATTENTION_BACKWARD * attention + 2 * elementwise, 2 * LAYER_LAUNCH_SECONDS)
+    if not settings.fused_gradients and settings.adapters is None:
         matrices = _held_matrix_elements(shape, layout)
         backward += matrices * UNFUSED_GRADIENT_BYTES / (gpu.memory_bandwidth * MEMORY_SHARE)
     # Selective: the MLP's products, half of the elementwise work and one of the two exchanges once more.
     repeated = {"none": 0.0, "selective": mlp_products + elementwise / 2, "full": forward}[settings.recompute]
     return PassTime(forward, backward + repeated, _EXCHANGES[settings.recompute] * _layer_exchange_seconds(shape, layout, settings, gpu))
+
+
+def _backward_products(settings: TrainSettings) -> float:
+    """Frozen matrices have no weight gradient, which is one of the backward's two products; the adapters' own are too narrow to count."""
+    return GEMM_BACKWARD - (settings.adapters is not None)
 
 
 def _layer_work(shape: ModelShape) -> tuple[float, float]:
@@ -208,7 +221,7 @@ def head_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings
     hidden_bytes = tokens * shape.hidden_size * settings.weight_bytes
     exchange = 2 * hidden_bytes / _link(gpu, layout.tensor, layout.tensor) if layout.tensor > 1 else 0.0
     repeated = 1 if settings.recompute_logits else 0
-    return PassTime(products + 2 * epilogue, (2 + repeated) * products + 2 * epilogue, exchange)
+    return PassTime(products + 2 * epilogue, (_backward_products(settings) + repeated) * products + 2 * epilogue, exchange)
 
 
 def stage_times(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> list[PassTime]:
@@ -241,7 +254,7 @@ def step_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings
         optimizer=_optimizer_seconds(shape, layout, settings, gpu) + STEP_OVERHEAD_SECONDS,
         imbalance=totals[slowest] * layout.pipeline / sum(totals),
         num_tokens=num_tokens,
-        model_flops=3 * forward_flops(shape, settings, num_tokens),
+        model_flops=(1 + _backward_products(settings)) * forward_flops(shape, settings, num_tokens),
     )
 
 
@@ -268,14 +281,15 @@ def _data_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSett
     seconds = 0.0
     span = layout.tensor * layout.data * layout.context
     for kind, num_ranks in enumerate((layout.data * layout.context, expert_data_ranks(layout))):
-        numel = max(_elements(shape, layout, rank, kind) for rank in range(layout.pipeline))
+        numel = max(_elements(shape, layout, settings, rank, kind) for rank in range(layout.pipeline))
         per_element = settings.gradient_bytes + (settings.weight_bytes if settings.distributed_optimizer else settings.gradient_bytes)
         seconds += numel * per_element * (num_ranks - 1) / num_ranks / _link(gpu, span, num_ranks)
     return seconds * (EXPOSED_DATA if settings.overlap_data else 1.0)
 
 
-def _elements(shape: ModelShape, layout: ParallelLayout, pipeline_rank: int, kind: int) -> int:
-    return sum(p.numel for chunk in rank_parameters(shape, layout, pipeline_rank) for p in split_by_kind(chunk)[kind])
+def _elements(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int, kind: int) -> int:
+    trained = trained_parameters(shape, layout, settings, pipeline_rank)
+    return sum(p.numel for chunk in trained for p in split_by_kind(chunk)[kind])
 
 
 def _optimizer_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:
@@ -283,6 +297,7 @@ def _optimizer_seconds(shape: ModelShape, layout: ParallelLayout, settings: Trai
     seconds = 0.0
     for rank in (0, layout.pipeline - 1):
         state = state_bytes(shape, layout, settings, rank)
-        moved = 2 * state.optimizer + 2 * state.gradients + state.weights
+        updated = state.gradients * settings.weight_bytes // settings.gradient_bytes
+        moved = 2 * state.optimizer + 2 * state.gradients + updated
         seconds = max(seconds, moved / (gpu.memory_bandwidth * MEMORY_SHARE))
     return seconds

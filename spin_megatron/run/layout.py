@@ -83,6 +83,10 @@ class RunLayout:
         """Folder of the export stage that makes theta_{iteration}."""
         return self.root / "models" / f"theta_{iteration}"
 
+    def adapter(self, iteration: int) -> Path:
+        """What [lora] trained on top of theta_{iteration - 1}, as PEFT reads it; theta_{iteration} has it merged in."""
+        return self.theta(iteration) / "adapter"
+
     def iteration(self, iteration: int) -> Path:
         return self.root / f"iter_{iteration}"
 

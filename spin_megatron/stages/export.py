@@ -2,7 +2,9 @@
 
 theta_0 is the base model: a folder of links to it, once its config, tensor names and shapes are found to be ones we
 compute; or, of a converted torch_dist checkpoint, its weights as a Hugging Face folder. theta_t of t > 0 is written from the
-final weights of train t-1, reloaded with transformers and compared with the log-probabilities that train recorded.
+final weights of train t-1, reloaded with transformers and compared with the log-probabilities that train recorded. With
+[lora] these are theta_{t-1} and adapters: they are merged, so that theta_t is a model like any other and the next base, and kept
+beside it.
 """
 
 import logging
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_megatron.config import RunConfig
+from spin_megatron.convert.adapters import write_peft
 from spin_megatron.convert.hf_io import HfFolder, check_tensors, model_card
 from spin_megatron.convert.torch_dist import torch_dist_to_hf
 from spin_megatron.plan.command import check_config_fits
@@ -33,7 +36,7 @@ def run(context: StageContext) -> StageOutput:
     """Make theta_{context.iteration}."""
     folder = context.layout.theta(context.iteration)
     summary = _take_base_model(context, folder) if context.iteration == 0 else _write_trained_model(context, folder)
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     return StageOutput(files=dict.fromkeys(files), summary=summary)
 
 
@@ -95,7 +98,10 @@ def _write_trained_model(context: StageContext, folder: Path) -> dict[str, Any]:
     t = context.iteration - 1
     source = context.layout.theta(t)
     dtype = context.config.train.dtype
-    torch_dist_to_hf(context.layout.final_weights(t), source, folder, dtype=dtype, show=context.show)
+    final, lora = context.layout.final_weights(t), context.config.lora
+    torch_dist_to_hf(final, source, folder, dtype=dtype, lora_alpha=lora.alpha if lora.rank else None, show=context.show)
+    if lora.rank:
+        write_peft(final, source, context.layout.adapter(context.iteration), alpha=lora.alpha)
     write_text(folder / "README.md", model_card(training_facts(context.config, context.iteration)))
     largest = _largest_probe_difference(context, folder)
     tolerance = PROBE_TOLERANCE_NATS.get(context.config.train.precision, FP8_PROBE_TOLERANCE_NATS)
@@ -132,6 +138,7 @@ def training_facts(config: RunConfig, num_iterations: int) -> dict[str, Any]:
         "pairs an update": train.global_batch_pairs,
         "precision": train.precision,
         "opponent's answers": f"{generate.engine}, {generate.dtype}, temperature {generate.temperature:g}, top-p {generate.top_p:g}",
+        "trained": f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}, merged" if config.lora.rank else "all weights",
         "seed": config.run.seed,
         "software": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
     }

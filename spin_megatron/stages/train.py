@@ -27,6 +27,7 @@ from spin_megatron.data.packing import assign_ranks
 from spin_megatron.data.progress import PlannedStep, Progress, StepPlan
 from spin_megatron.data.schedule import Schedule
 from spin_megatron.mcore import checkpoint
+from spin_megatron.mcore.lora import Lora, add_adapters
 from spin_megatron.mcore.model import SpinModel, build_model, load_huggingface
 from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer, gather_weights, overlaps
 from spin_megatron.mcore.precision import Fp8
@@ -102,7 +103,7 @@ def _content_digest(folder: Path) -> str:
 
 def _recipe(context: StageContext, inputs: dict[str, str]) -> dict[str, Any]:
     """What decides the result, per-iteration settings as this iteration's scalars."""
-    flat = flat_settings(context.config, ("objective", "optimizer", "train"))
+    flat = flat_settings(context.config, ("objective", "optimizer", "train", "lora"))
     chosen = {name: value for name, value in flat.items() if name.partition(".")[2] not in _OPERATIONAL}
     scalars = {name: getattr(context.scalars, name.partition(".")[2]) for name in PER_ITERATION if name in chosen}
     return {"run.seed": context.config.run.seed, **chosen, **scalars, **{f"input.{name}": digest for name, digest in inputs.items()}}
@@ -125,6 +126,7 @@ def _train(job: _Job) -> bool:
     shape = ModelShape.from_huggingface(theta)
     chunks = build_model(shape, runtime, dtype=job.dtype, recompute=config.train.recompute, fp8=job.fp8)
     load_huggingface(chunks, theta, shape, runtime, show=context.show)
+    _add_adapters(job, chunks, shape)
     has_copies = runtime.layout.data * runtime.layout.context > 1
     rule = UpdateRule(
         name=config.optimizer.name,
@@ -148,6 +150,19 @@ def _train(job: _Job) -> bool:
     gather_weights(trainer)
     _finish(job, chunks)
     return True
+
+
+def _add_adapters(job: _Job, chunks: Sequence[SpinModel], shape: ModelShape) -> None:
+    """With [lora]: freeze theta_t and train adapters beside it; they are there, and 0, when the reference is scored."""
+    settings, runtime = job.context.config.lora, job.runtime
+    adapters = settings.shape()
+    if adapters is None:
+        return
+    adapters.check(shape)
+    add_adapters(chunks, Lora(adapters, settings.alpha / settings.rank, job.context.config.run.seed, job.context.iteration), runtime)
+    if runtime.rank == 0:
+        trained = sum(tensor.numel() for chunk in chunks for tensor in chunk.parameters() if tensor.requires_grad)
+        logger.info("LoRA of rank %d beside %s: %d trained parameters on rank 0", settings.rank, ", ".join(settings.targets), trained)
 
 
 def _reference_phase(job: _Job, chunks: Sequence[SpinModel]) -> dict[str, ReferenceScore] | None:

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from spin_megatron.mcore.lora import Lora, add_adapters
 from spin_megatron.mcore.model import SpinModel, build_model
 from spin_megatron.mcore.optimizer import UpdateRule, apply_gradients, build_trainer, clear_gradients, parts
 from spin_megatron.mcore.runtime import Runtime, running
+from spin_megatron.plan.adapters import MODULES, AdapterShape
 from spin_megatron.plan.layouts import RECOMPUTE_ORDER
 from spin_megatron.plan.memory import OptimizerName, TrainSettings, layer_widths, state_bytes
 from spin_megatron.plan.precision import PrecisionName
@@ -23,12 +25,16 @@ MIXTURE = replace(TINY, family="mixtral", qk_norm=False, num_experts=4, experts_
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def state_after_an_update(shape: ModelShape, runtime: Runtime, precision: PrecisionName, rule: UpdateRule) -> list[int]:
+def state_after_an_update(
+    shape: ModelShape, runtime: Runtime, precision: PrecisionName, rule: UpdateRule, adapters: AdapterShape | None = None
+) -> list[int]:
     """Bytes of weights, gradients and optimizer."""
     chunks = build_model(shape, runtime, dtype=DTYPES[precision])
     for chunk in chunks:
         for parameter in chunk.parameters():
             torch.nn.init.zeros_(parameter)
+    if adapters is not None:
+        add_adapters(chunks, Lora(adapters, 1.0, 0, 0), runtime)
     trainer = build_trainer(chunks, rule)
     clear_gradients(trainer)
     apply_gradients(trainer, learning_rate=1e-3)
@@ -92,15 +98,43 @@ def test_real_data_ranks_hold_what_is_planned() -> None:
         assert [planned.weights, planned.gradients, planned.optimizer] == measured
 
 
-def kept_for_backward(shape: ModelShape, layout: ParallelLayout, num_tokens: int) -> dict[str, int]:
+@pytest.mark.parametrize(
+    ("shape", "layout", "adapters"),
+    [
+        pytest.param(TINY, ParallelLayout(tensor=2, data=2), AdapterShape(3, tuple(MODULES)), id="all targets, TP2 DP2"),
+        pytest.param(TIED, ParallelLayout(pipeline=2, virtual_pipeline=2), AdapterShape(5, ("fc2", "qkv")), id="two targets, tied"),
+        pytest.param(MIXTURE, ParallelLayout(data=2, expert=2), AdapterShape(2, ("qkv", "proj")), id="attention of experts' layers"),
+    ],
+)
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_with_adapters_frozen_weights_are_all_there_is_of_the_base(
+    shape: ModelShape, layout: ParallelLayout, adapters: AdapterShape, is_sharded: bool
+) -> None:
+    settings = TrainSettings(64, 1, optimizer="adamw", distributed_optimizer=is_sharded, adapters=adapters)
+    for rank in range(layout.world_size):
+        with fake_rank(layout, rank, device="cpu") as runtime:
+            measured = state_after_an_update(shape, runtime, "bf16", UpdateRule("adamw", is_distributed=is_sharded), adapters)
+            planned = state_bytes(shape, layout, settings, runtime.pipeline_rank, runtime.data_rank)
+            assert [planned.weights, planned.gradients, planned.optimizer] == measured, rank
+            whole = state_bytes(shape, layout, replace(settings, adapters=None), runtime.pipeline_rank, runtime.data_rank)
+            assert planned.gradients + planned.optimizer < 0.3 * (whole.gradients + whole.optimizer)
+
+
+def kept_for_backward(shape: ModelShape, layout: ParallelLayout, num_tokens: int, adapters: AdapterShape | None) -> dict[str, int]:
     """By recompute mode: bytes of the storages that autograd keeps of a forward, weights not counted."""
+    kept = {}
     with fake_rank(layout, 0, device="cpu") as runtime:
-        return {mode: _kept(build_model(shape, runtime, dtype=torch.bfloat16, recompute=mode)[0], num_tokens) for mode in RECOMPUTE_ORDER}
+        for mode in RECOMPUTE_ORDER:
+            chunks = build_model(shape, runtime, dtype=torch.bfloat16, recompute=mode)
+            if adapters is not None:
+                add_adapters(chunks, Lora(adapters, 1.0, 0, 0), runtime)
+            kept[mode] = _kept(chunks[0], num_tokens)
+    return kept
 
 
-def layer_bytes(shape: ModelShape, layout: ParallelLayout, num_tokens: int) -> dict[str, float]:
+def layer_bytes(shape: ModelShape, layout: ParallelLayout, num_tokens: int, adapters: AdapterShape | None = None) -> dict[str, float]:
     """By recompute mode: bytes of one layer, the difference between four and two layers, so that embedding and head drop out."""
-    deep, flat = (kept_for_backward(replace(shape, num_layers=number), layout, num_tokens) for number in (4, 2))
+    deep, flat = (kept_for_backward(replace(shape, num_layers=number), layout, num_tokens, adapters) for number in (4, 2))
     return {mode: (deep[mode] - flat[mode]) / 2 for mode in deep}
 
 
@@ -136,7 +170,15 @@ def _kept(chunk: SpinModel, num_tokens: int) -> int:
         pytest.param(ParallelLayout(tensor=2, sequence=True), id="TP2 SP"),
     ],
 )
-def test_planned_activations_of_a_layer_are_what_autograd_keeps(layout: ParallelLayout) -> None:
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        pytest.param(None, id="all weights"),
+        pytest.param(AdapterShape(4, tuple(MODULES)), id="all targets"),
+        pytest.param(AdapterShape(6, ("proj", "fc2")), id="row-parallel targets"),
+    ],
+)
+def test_planned_activations_of_a_layer_are_what_autograd_keeps(layout: ParallelLayout, adapters: AdapterShape | None) -> None:
     """Exact, with what the CPU path keeps beyond the GPU's: the planner's formula has flash kernels over gathered keys and values.
 
     CPU attention keeps values as a view of the whole projection, so the unrotated queries and keys stay too; rotary tables (cosine and
@@ -144,10 +186,10 @@ def test_planned_activations_of_a_layer_are_what_autograd_keeps(layout: Parallel
     """
     shape = ModelShape("llama", 4, 128, 320, 8, 2, 16, 256, 4096, 1e-5, 1e4)
     num_tokens = 128
-    widths = layer_widths(shape, layout, TrainSettings(num_tokens, 1))
     unrotated = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim // layout.tensor
     tables = 2 * 2 * 2 * shape.head_dim
     norms = 2 * 4 // (layout.tensor if layout.sequence else 1)
-    for mode, num_bytes in layer_bytes(shape, layout, num_tokens).items():
+    for mode, num_bytes in layer_bytes(shape, layout, num_tokens, adapters).items():
+        widths = layer_widths(shape, layout, TrainSettings(num_tokens, 1, recompute=mode, adapters=adapters))
         beyond = 0 if mode == "full" else unrotated + tables + norms
         assert num_bytes == (widths.token_bytes(2, mode) + beyond) * num_tokens, mode

@@ -9,7 +9,8 @@ import torch
 
 from spin_megatron.data.batches import pair_tokens
 from spin_megatron.data.packing import assign_ranks, plan_packs
-from spin_megatron.mcore.model import build_model, load_huggingface
+from spin_megatron.mcore.lora import Lora, add_adapters
+from spin_megatron.mcore.model import Recompute, build_model, load_huggingface
 from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer, gather_weights
 from spin_megatron.mcore.reference import PackedPairs, score_pairs
 from spin_megatron.mcore.runtime import Runtime
@@ -52,11 +53,15 @@ def make_bench(
     dtype: torch.dtype = torch.float32,
     packed: PackedPairs | None = None,
     overlap: bool = False,
+    lora: Lora | None = None,
+    recompute: Recompute = "none",
 ) -> Bench:
     """Load the model, score the reference and build the optimizer."""
     shape = ModelShape.from_huggingface(folder)
-    chunks = build_model(shape, runtime, dtype=dtype)
+    chunks = build_model(shape, runtime, dtype=dtype, recompute=recompute)
     load_huggingface(chunks, folder, shape, runtime, show=False)
+    if lora is not None:
+        add_adapters(chunks, lora, runtime)
     packed = packed or packed_pairs()
     scores: list = [score_pairs(chunks, packed, packed.packs, runtime)]
     torch.distributed.broadcast_object_list(scores, src=0)

@@ -35,6 +35,10 @@ def test_stop_epoch_is_the_whole_schedule_unless_given(tmp_path: Path) -> None:
         ("objective.betta=0.1", r"objective\.betta: unknown key; did you mean beta\?"),
         ("optimiser.name=adamw", r"optimiser: unknown key; did you mean optimizer\?"),
         ("train.pack_tokens=512", r"train\.pack_tokens=512 cannot hold the longest pair \(3072 tokens"),
+        ("lora.dropout=0.1", r"lora\.dropout=0\.1 is refused: .*no margin could be 0; use 0"),
+        ('lora.targets=["qkv", "qkv"]', "names a layer twice"),
+        ('lora.targets=["q_proj"]', r"lora\.targets\.0: Input should be 'qkv', 'proj', 'fc1' or 'fc2'"),
+        ("lora.targets=[]", r"lora\.targets: List should have at least 1 item"),
         ("train.precision=fp16", r"train\.precision: .*'fp32', 'bf16', 'fp8-blockwise', 'fp8-tensorwise' or 'mxfp8'"),
         ("train.precision=fp8-delayed", r'train\.precision="fp8-delayed": .*scales from earlier passes.*margins would not start at 0'),
         ("train.precision=fp8", r'train\.precision="fp8": it names no recipe; use "fp8-blockwise" on Hopper'),
@@ -102,3 +106,11 @@ def test_where_an_engine_is_started_may_change_in_a_started_run_and_its_engine_m
 def test_a_variable_of_the_environment_is_name_and_value(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'NCCL DEBUG' is not of the form NAME=VALUE"):
         load_config(write(tmp_path), ['generate.environment.variables=["NCCL DEBUG"]'])
+
+
+def test_adapters_are_off_unless_they_have_a_rank(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    assert load_config(path).lora.shape() is None
+    shape = load_config(path, ["lora.rank=8", 'lora.targets=["qkv", "fc2"]']).lora.shape()
+    assert shape is not None
+    assert (shape.rank, shape.targets) == (8, ("qkv", "fc2"))
