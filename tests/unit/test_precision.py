@@ -87,8 +87,8 @@ def test_each_gpu_has_the_recipes_of_its_generation(gpu: str, possible: list[Pre
 
 def _config(**slurm: str) -> RunConfig:
     values = {
-        "model": {"path": "org/model", "revision": "abc"},
-        "data": {"source": "org/data", "revision": "def"},
+        "model": {"path": "org/model", "revision": "a" * 40},
+        "data": {"source": "org/data", "revision": "d" * 40},
         "train": {"precision": "fp8-blockwise", "pack_tokens": 4096},
         "slurm": slurm,
     }
