@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from spin_megatron.config_file import load_config
+from spin_megatron.launch.slurm import check_resources
 from spin_megatron.pipeline import StageRef, folder_of
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
@@ -54,9 +56,11 @@ def test_two_ranks_build_and_answer_in_steps_of_a_job_with_one_task(cluster: Clu
         "slurm.stages.build-engine.gpus_per_node": 2,
         "slurm.stages.generate.gpus_per_node": 2,
     }
-    options = [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
-    submitted = spin_megatron("submit", make_tiny_run(tmp_path / "model"), "--run-dir", layout.root, "--dry-run", *options)
-    assert submitted.returncode == 0, submitted.stderr
+    changes = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    config = load_config(make_tiny_run(tmp_path / "model"), changes)
+    check_resources(config)
+    layout.root.mkdir()
+    layout.run_json.write_text(config.model_dump_json())
     for verb in ("export", "prepare"):
         done = spin_megatron(verb, "--run-dir", layout.root, "--iteration", "0")
         assert done.returncode == 0, done.stderr
