@@ -52,10 +52,13 @@ def test_training_survives_killed_ranks_and_shells_time_limits_and_lost_nodes(
 
     # kill -9 of a rank between two updates: the step ends, the supervisor requeues its own element.
     element = training(run)
+    run.wait(lambda: run.num_updates() >= 1, "the first update")
+    *others, last = run.rank_pids(TRAIN)
+    signal_all([*others, last], signal.SIGSTOP)
     shown = next(row for row in stage_rows(run.config, run.layout, read_queue(run.layout)) if row["stage"] == "train")
     assert (shown["state"], {"id": element, "state": "RUNNING"} in shown["jobs"]) == ("running", True), shown
-    run.wait(lambda: run.num_updates() >= 1, "the first update")
-    signal_all(run.rank_pids(TRAIN)[-1:], signal.SIGKILL)
+    signal_all([last], signal.SIGKILL)
+    signal_all(others, signal.SIGCONT)
     wait_for_end(run, element, "a killed rank")
 
     # kill -9 of the batch shell: this slot is lost, the next one goes on.
@@ -63,12 +66,13 @@ def test_training_survives_killed_ranks_and_shells_time_limits_and_lost_nodes(
     signal_all(run.shell_pids(element), signal.SIGKILL)
     wait_for_end(run, element, "a killed batch shell")
 
-    # The time limit: Slurm's notice, which comes within half a minute, becomes a stop file; all ranks save and leave.
+    # The time limit: Slurm's notice (sent at once here, not a minute before the end) becomes a stop file; all ranks save and leave.
     element = training(run)
-    run.wait(lambda: run.num_updates() >= 3, "the third update")
+    began = run.layout.metrics(0).stat().st_mtime
+    run.wait(lambda: run.layout.metrics(0).stat().st_mtime > began, "an update of this life")
     ranks = run.rank_pids(TRAIN)
     signal_all(ranks, signal.SIGSTOP)
-    run.slurm("scontrol", "update", f"jobid={element}", "timelimit=1")
+    run.slurm("scancel", "--batch", "--signal=USR1", element)
     run.wait(stop_file(run.layout, TRAIN).exists, "the stop file")
     signal_all(ranks, signal.SIGCONT)
     wait_for_end(run, element, "the time limit")
