@@ -69,7 +69,7 @@ def train_step(
     """Make one update. Collective over all ranks.
 
     Args:
-        batches: this data-parallel rank's packs; every rank has the same number (data.packing.assign_ranks).
+        batches: this data-parallel rank's packs; every rank has the same number (PackedPairs.share_of).
         references: pair_id -> log-prob sums under theta_t, for the pairs of these packs at least.
         num_pairs: pairs of the step on all ranks.
         must_start_at_zero: this is the first update of an iteration: check, before the weights change, that theta is theta_t.
@@ -79,12 +79,15 @@ def train_step(
     """
     batches = fill_schedule(batches, runtime)
     divisor = num_pairs / (len(batches) * runtime.layout.data)
+    # Copied to the device here, once: a copy a micro-batch would make the host wait for each of them.
+    sums_P2 = torch.cat([reference_sums(batch, references) for batch in batches]).to(runtime.device)
+    reference_of = dict(zip((batch.pair_ids for batch in batches), sums_P2.split([len(batch.pair_ids) for batch in batches]), strict=True))
 
     def finish(batch: PackBatch, logp_R: Tensor) -> tuple[Tensor, Tensor]:
         logp_P2 = sequence_sums(logp_R, batch.lengths_Q).view(-1, 2)
         output = spin_loss(
             logp_P2,
-            reference_sums(batch, references).to(logp_P2.device),
+            reference_of[batch.pair_ids],
             loss=objective.loss,
             beta=objective.beta,
             divisor=divisor,

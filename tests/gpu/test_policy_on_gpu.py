@@ -1,5 +1,6 @@
 """The policy on a GPU against the CPU: attention kernels by branch, and log-probs of whole tiny models."""
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +10,14 @@ from torch import Tensor
 
 from spin_megatron.data.batches import make_batch
 from spin_megatron.mcore.attention import Backend, BackendName, BranchAttention, attend_by_branch
+from spin_megatron.mcore.optimizer import UpdateRule
 from spin_megatron.mcore.runtime import running
+from spin_megatron.mcore.training import Objective, train_step
 from spin_megatron.mcore.varlen import PlanCache
 from spin_megatron.objective.logprobs import sequence_sums
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from tests.parity.tiny_models import huggingface_logits, make_pairs, make_tiny_model, response_logps
+from tests.parity.updates import make_bench
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -82,3 +86,31 @@ def test_log_probs_on_the_gpu_agree_with_transformers_on_the_cpu(family: str, tm
     torch.testing.assert_close(found[torch.float32], expected_Q, atol=1e-2, rtol=0)  # TF32 may be on in the linear layers
     lengths_Q = batch.lengths_Q.float()
     assert float(((found[torch.bfloat16] - expected_Q).abs() / lengths_Q.sqrt()).max()) < 0.3  # about 0.05 nat rms a token
+
+
+def test_the_host_waits_no_more_often_for_many_packs_than_for_few(tmp_path: Path) -> None:
+    with running(ParallelLayout(), device="cuda", seed=1) as runtime:
+        bench = make_bench(make_tiny_model("llama2", tmp_path), UpdateRule("adamw", max_grad_norm=1.0), runtime, dtype=torch.bfloat16)
+
+        def waits(num_packs: int) -> int:
+            packs = bench.packed.packs[:num_packs]
+            batches = bench.batches(packs)
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with warnings.catch_warnings(record=True) as found:
+                    warnings.simplefilter("always")
+                    train_step(
+                        bench.trainer,
+                        batches,
+                        bench.references,
+                        Objective("logistic", beta=0.1),
+                        runtime,
+                        num_pairs=sum(len(pack.pair_ids) for pack in packs),
+                        learning_rate=1e-5,
+                    )
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            return sum("synchroniz" in str(warning.message) for warning in found)
+
+        waits(2)  # compiles kernels and makes the optimizer's state
+        assert waits(6) == waits(2)
