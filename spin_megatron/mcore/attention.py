@@ -55,15 +55,15 @@ def choose_backend(device: torch.device, dtype: torch.dtype, *, head_dim: int, s
         return Backend("sdpa", f"variable-length kernels compute bfloat16 and float16, not {dtype}")
     if head_dim > 256 or head_dim % 8:
         return Backend("sdpa", f"variable-length kernels need a head size that is a multiple of 8 and at most 256, not {head_dim}")
-    if _is_installed("flash_attn"):
+    if is_installed("flash_attn"):
         return Backend("flash_attn", "flash-attn is installed")
-    if _is_installed("transformer_engine"):
+    if is_installed("transformer_engine"):
         return Backend("transformer_engine", "Transformer Engine is installed, flash-attn is not")
     return _torch_varlen_or_sdpa(sliding_window)
 
 
 def _torch_varlen_or_sdpa(sliding_window: int | None) -> Backend:
-    if not _is_installed("torch.nn.attention.varlen"):
+    if not is_installed("torch.nn.attention.varlen"):
         return Backend("sdpa", f"no flash-attn, no Transformer Engine, and torch {torch.__version__} has no varlen_attn")
     from torch.nn.attention.varlen import varlen_attn
 
@@ -72,7 +72,8 @@ def _torch_varlen_or_sdpa(sliding_window: int | None) -> Backend:
     return Backend("torch_varlen", "torch's varlen_attn; neither flash-attn nor Transformer Engine is installed")
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module can be found; its parents are imported, the module is not."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

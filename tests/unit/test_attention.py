@@ -140,7 +140,7 @@ def test_layers_share_one_plan_found_by_content() -> None:
 
 def test_the_backend_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(dtype: torch.dtype, installed: set[str], head_dim: int = 64) -> tuple[str, str]:
-        monkeypatch.setattr(attention_module, "_is_installed", lambda module: module in installed)
+        monkeypatch.setattr(attention_module, "is_installed", lambda module: module in installed)
         backend = choose_backend(torch.device("cuda"), dtype, head_dim=head_dim, sliding_window=None)
         return backend.name, backend.reason
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Responses a second: the `generate` of transformers beside the built-in engine, on the same weights, prompts and threads in one run.
 
-    python tools/benchmarks/generate.py [--model tiny|smollm2-135m|FOLDER] [--batch 16 --prompts 16 --new-tokens 128] [--eos-share 0.02]
+    python -m tools.benchmarks.generate [--model tiny|smollm2-135m|FOLDER] [--batch 16 --prompts 16 --new-tokens 128] [--eos-share 0.02]
 
 Both sides draw at temperature 1 without filters (`sampled`; ours with a seed a row) or take the largest logit (`greedy`). With
 --eos-share S, a share S of the vocabulary ends a response, so that lengths vary: transformers then waits for the longest of each batch.
@@ -11,7 +11,6 @@ own ratios. Random weights are enough: the work does not depend on their values.
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
@@ -22,45 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from spin_megatron.generation import hf_loop
 from spin_megatron.generation.engine import EngineSpec, Prompt, Sampling
+from tools.benchmarks.problem import SIZES, device_name, model_folder
 
 THEIRS, OURS = "transformers", "spin-megatron"
 MODES = {"greedy": 0.0, "sampled": 1.0}
 Tokens = list[tuple[int, ...]]
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vocab_size": 4096,
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 2048,
-    },
-    "smollm2-135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "rope_theta": 1e5,
-        "tie_word_embeddings": True,
-    },
-}
-
-
-def model_folder(name: str, scratch: Path) -> Path:
-    """A local folder as it is; a name of SIZES as random weights in `scratch`."""
-    if name not in SIZES:
-        return Path(name)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SIZES[name], eos_token_id=0, bos_token_id=1)).save_pretrained(scratch)
-    return scratch
 
 
 def make_prompts(options: argparse.Namespace, vocab_size: int) -> list[Prompt]:
@@ -148,11 +117,6 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help=f"{', '.join(SIZES)} (random weights) or a folder")
@@ -172,8 +136,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(options, model_folder(options.model, Path(scratch)))
     rows = summarise(found)
-    problem = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    report = {"problem": problem, "torch": torch.__version__, "processor": _processor(), "methods": rows, **found}
+    problem = {name: value for name, value in vars(options).items() if name != "out"}
+    report = {"problem": problem, "torch": torch.__version__, "device_name": device_name("cpu"), "methods": rows, **found}
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(table(rows))
     print(f"greedy responses equal: {found['greedy_equal']} of {options.prompts}; mean response {found['mean_response_tokens']:.1f} tokens")
