@@ -69,10 +69,12 @@ def sequence_tokens(sequence: ScoringSequence) -> int:
     return len(sequence.prompt_ids) + _computed(sequence.response_ids)
 
 
-def attention_cost(batch: PackBatch) -> int:
-    """Query-key products of the pack: the part of its cost that depends on what is in it."""
-    _, prefix_B, _, length_B = batch.branches_B4.unbind(1)
-    return int((length_B * prefix_B + length_B * (length_B + 1) // 2).sum())
+def attention_cost(pair: SpinPair, *, share_prompt: bool) -> int:
+    """Query-key products of a pair: the part of a pack's cost that depends on what is in it."""
+    prompt = len(pair.prompt_ids)
+    answers = [_computed(response_ids) for response_ids in (pair.real_ids, pair.generated_ids)]
+    own = sum(answer * prompt + answer * (answer + 1) // 2 for answer in answers)
+    return own + prompt * (prompt + 1) // 2 * (1 if share_prompt else 2)
 
 
 def make_batch(pairs: Sequence[SpinPair], *, pack_tokens: int, pad_id: int, share_prompt: bool) -> PackBatch:

@@ -76,14 +76,13 @@ def packs_per_step(packs: Sequence[Pack], *, pairs_per_step: int, data_parallel:
     return data_parallel * max(1, int(wanted / data_parallel + 0.5))
 
 
-def assign_ranks(step_packs: Sequence[Pack], data_parallel: int, *, costs: Mapping[int, float] | None = None) -> list[list[Pack]]:
+def assign_ranks(step_packs: Sequence[Pack], data_parallel: int, *, costs: Mapping[int, float]) -> list[list[Pack]]:
     """Deal a step's packs to ranks: equally many to each, total cost as even as the longest-first rule makes it.
 
     Every pack has the same length, so only attention, quadratic in each sequence, differs between packs.
 
     Args:
-        costs: pack_id -> attention cost (data.batches.attention_cost). Without it, num_tokens**2 / number of pairs, the
-            least cost a pack of that many tokens and pairs can have (equal lengths).
+        costs: pack_id -> attention cost, the sum over its pairs (data.batches.attention_cost).
 
     Returns:
         One list a rank; ranks that would have fewer get EMPTY_PACK, whose loss and gradient are 0.
@@ -91,21 +90,16 @@ def assign_ranks(step_packs: Sequence[Pack], data_parallel: int, *, costs: Mappi
     per_rank = -(-len(step_packs) // data_parallel)
     ranks: list[list[Pack]] = [[] for _ in range(data_parallel)]
     totals = [0.0] * data_parallel
-    cost_of = {pack.pack_id: _least_cost(pack) if costs is None else costs[pack.pack_id] for pack in step_packs}
-    for pack in sorted(step_packs, key=lambda pack: (-cost_of[pack.pack_id], pack.pack_id)):
+    for pack in sorted(step_packs, key=lambda pack: (-costs[pack.pack_id], pack.pack_id)):
         cheapest = min((rank for rank in range(data_parallel) if len(ranks[rank]) < per_rank), key=lambda rank: (totals[rank], rank))
         ranks[cheapest].append(pack)
-        totals[cheapest] += cost_of[pack.pack_id]
+        totals[cheapest] += costs[pack.pack_id]
     return [packs + [EMPTY_PACK] * (per_rank - len(packs)) for packs in ranks]
 
 
 def padding_share(packs: Sequence[Pack], pack_tokens: int) -> float:
     """The share of computed tokens that is padding."""
     return 1.0 - sum(pack.num_tokens for pack in packs) / (len(packs) * pack_tokens) if packs else 0.0
-
-
-def _least_cost(pack: Pack) -> float:
-    return pack.num_tokens**2 / max(len(pack.pair_ids), 1)
 
 
 def _check_lengths(lengths: Sequence[tuple[str, int]], pack_tokens: int) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from spin_megatron.data.batches import PackBatch, make_batch
+from spin_megatron.data.batches import PackBatch, attention_cost, make_batch
 from spin_megatron.data.packing import assign_ranks
 from spin_megatron.mcore.precision import Fp8
 from spin_megatron.mcore.runtime import Runtime
@@ -68,6 +68,14 @@ class PackedPairs:
         pairs = [self.pairs[pair_id] for pair_id in pack.pair_ids]
         return make_batch(pairs, pack_tokens=self.pack_tokens, pad_id=0, share_prompt=self.share_prompt)
 
+    def share_of(self, packs: Sequence[Pack], data_parallel: int, data_rank: int) -> list[Pack]:
+        """A data-parallel rank's packs of these: equally many to each rank, attention cost as even as it gets."""
+        costs = {
+            pack.pack_id: sum(attention_cost(self.pairs[pair_id], share_prompt=self.share_prompt) for pair_id in pack.pair_ids)
+            for pack in packs
+        }
+        return assign_ranks(packs, data_parallel, costs=costs)[data_rank]
+
 
 def numerics(runtime: Runtime, dtype: torch.dtype, fp8: Fp8 | None = None) -> dict[str, Any]:
     """What decides a log-prob's last bits besides weights and packs. Data parallelism does not: a pack is computed by one copy."""
@@ -92,7 +100,7 @@ def score_pairs(
         packs: of packed.packs.
         advance: called on each rank once for each pack it computes.
     """
-    mine = assign_ranks(packs, runtime.layout.data)[runtime.data_rank]
+    mine = packed.share_of(packs, runtime.layout.data, runtime.data_rank)
     batches = [packed.batch(pack) for pack in mine]
     logps = score_packs(chunks, batches, runtime, advance=advance)
     own = [score for batch, logp_R in zip(batches, logps, strict=False) for score in _scores(batch, logp_R)]

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from spin_megatron.config import PER_ITERATION, flat_settings
-from spin_megatron.data.packing import assign_ranks
 from spin_megatron.data.progress import PlannedStep, Progress, StepPlan
 from spin_megatron.data.schedule import Schedule
 from spin_megatron.mcore import checkpoint
@@ -253,7 +252,7 @@ def _make_step(
     learning_rate = schedule.at(step.position)
     outcome = train_step(
         trainer,
-        [job.train.batch(pack) for pack in assign_ranks(step.packs, runtime.layout.data)[runtime.data_rank]],
+        [job.train.batch(pack) for pack in job.train.share_of(step.packs, runtime.layout.data, runtime.data_rank)],
         references,
         objective,
         runtime,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from spin_megatron.data.batches import pair_tokens
-from spin_megatron.data.packing import assign_ranks, plan_packs
+from spin_megatron.data.packing import plan_packs
 from spin_megatron.mcore.lora import Lora, add_adapters
 from spin_megatron.mcore.model import Recompute, build_model, load_huggingface
 from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer, gather_weights
@@ -34,7 +34,7 @@ class Bench:
     references: dict[str, ReferenceScore]
 
     def batches(self, packs: Sequence[Pack]) -> list:
-        return [self.packed.batch(pack) for pack in assign_ranks(packs, self.runtime.layout.data)[self.runtime.data_rank]]
+        return [self.packed.batch(pack) for pack in self.packed.share_of(packs, self.runtime.layout.data, self.runtime.data_rank)]
 
 
 def packed_pairs(*, pack_tokens: int = PACK_TOKENS, num_pairs: int = 40) -> PackedPairs:

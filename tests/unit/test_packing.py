@@ -1,36 +1,26 @@
 """Packing: nothing lost, little padding, plans that depend on the seed alone, balanced ranks."""
 
-import math
-import random
-
 import pytest
 
+from spin_megatron.data.batches import attention_cost, pair_tokens
 from spin_megatron.data.packing import EMPTY_PACK, assign_ranks, padding_share, plan_packs, plan_steps
-from spin_megatron.run.records import Pack
+from spin_megatron.mcore.reference import PackedPairs
+from spin_megatron.run.records import Pack, SpinPair
+from tools.benchmarks.problem import ultrachat_like_lengths
 
 
-def ultrachat_like_lengths(count: int, seed: int) -> list[tuple[str, int]]:
-    """Lengths of x + y + y', lognormal: prompt mean 123, median 70, at most 512; response mean 314, median 270; x + y at most 1024."""
-    generator = random.Random(seed)
-
-    def lognormal(mean: float, median: float) -> int:
-        return max(1, round(generator.lognormvariate(math.log(median), math.sqrt(2 * math.log(mean / median)))))
-
-    lengths = []
-    for number in range(count):
-        prompt = min(lognormal(123, 70), 512)
-        real, generated = (min(lognormal(314, 270), 1024 - prompt) for _ in range(2))
-        lengths.append((f"pair_{number}", prompt + real + generated))
-    return lengths
+def pairs_of(count: int, seed: int) -> list[tuple[str, int]]:
+    """Ids and tokens of x, y and y' together."""
+    return [(f"pair_{n}", x.prompt + x.real + x.generated) for n, x in enumerate(ultrachat_like_lengths(count, seed))]
 
 
 def test_an_ultrachat_like_mix_is_packed_with_at_most_two_percent_padding_at_8192() -> None:
-    packs = plan_packs(ultrachat_like_lengths(4000, seed=5), pack_tokens=8192, max_pairs_per_pack=None, seed=1)
+    packs = plan_packs(pairs_of(4000, seed=5), pack_tokens=8192, max_pairs_per_pack=None, seed=1)
     assert padding_share(packs, 8192) <= 0.02
 
 
 def test_every_pair_is_in_exactly_one_pack_and_no_pack_overflows() -> None:
-    lengths = ultrachat_like_lengths(500, seed=2)
+    lengths = pairs_of(500, seed=2)
     packs = plan_packs(lengths, pack_tokens=4096, max_pairs_per_pack=7, seed=1)
     assert sorted(pair_id for pack in packs for pair_id in pack.pair_ids) == sorted(pair_id for pair_id, _ in lengths)
     tokens_of = dict(lengths)
@@ -48,7 +38,7 @@ def test_a_pair_goes_where_the_least_room_is_left() -> None:
 
 
 def test_the_plan_depends_on_the_seed_but_not_on_the_order_of_the_pairs() -> None:
-    lengths = ultrachat_like_lengths(200, seed=3)
+    lengths = pairs_of(200, seed=3)
     plan = plan_packs(lengths, pack_tokens=4096, max_pairs_per_pack=None, seed=9)
     assert plan_packs(lengths[::-1], pack_tokens=4096, max_pairs_per_pack=None, seed=9) == plan
     assert plan_packs(lengths, pack_tokens=4096, max_pairs_per_pack=None, seed=10) != plan
@@ -116,14 +106,23 @@ def test_ranks_get_equally_many_packs_and_equal_cost() -> None:
 
 
 def test_a_step_that_does_not_divide_is_filled_with_empty_packs() -> None:
-    ranks = assign_ranks(_packs(5, pairs_each=1), 4)
+    ranks = assign_ranks(_packs(5, pairs_each=1), 4, costs=dict.fromkeys(range(5), 1))
     assert [len(rank) for rank in ranks] == [2, 2, 2, 2]
     assert sum(pack is EMPTY_PACK for rank in ranks for pack in rank) == 3
     assert sorted(pack.pack_id for rank in ranks for pack in rank if pack is not EMPTY_PACK) == [0, 1, 2, 3, 4]
 
 
-def test_without_costs_a_pack_of_few_long_pairs_weighs_more_than_one_of_many_short_ones() -> None:
-    long_pair, short_pairs = Pack(0, ("a",), 100), [Pack(number, tuple("bcdefghijk"), 100) for number in (1, 2, 3)]
-    ranks = assign_ranks([*short_pairs, long_pair], 2)
-    # 10000 alone against 3 x 1000: the long one is dealt first; with two places each it shares only with one short pack.
-    assert [[pack.pack_id for pack in rank] for rank in ranks] == [[0, 3], [1, 2]]
+def test_attention_of_an_ultrachat_like_step_is_spread_within_a_hundredth() -> None:
+    lengths = ultrachat_like_lengths(4000, seed=5)
+    pairs = {f"pair_{n}": SpinPair(f"pair_{n}", (1,) * x.prompt, (1,) * x.real, (1,) * x.generated, 0) for n, x in enumerate(lengths)}
+    sizes = [(pair_id, pair_tokens(pair, share_prompt=True)) for pair_id, pair in pairs.items()]
+    packed = PackedPairs(pairs, tuple(plan_packs(sizes, pack_tokens=8192, max_pairs_per_pack=None, seed=1)), 8192, share_prompt=True)
+    step = plan_steps(packed.packs, pairs_per_step=256, data_parallel=4, seed=0, epoch=0)[0]
+    totals = [
+        sum(attention_cost(pairs[pair_id], share_prompt=True) for pack in packed.share_of(step, 4, rank) for pair_id in pack.pair_ids)
+        for rank in range(4)
+    ]
+    assert len(step) == 24  # 6 packs a rank
+    assert max(totals) <= 1.01 * sum(totals) / 4
+    in_order = [sum(attention_cost(pairs[i], share_prompt=True) for pack in step[r::4] for i in pack.pair_ids) for r in range(4)]
+    assert max(totals) - min(totals) < max(in_order) - min(in_order)
