@@ -19,13 +19,48 @@ import torch
 from tools.benchmarks.problem import peak_bytes
 
 
+def settings_of(work: dict[str, Any], folder: str) -> Any:
+    """TRL's configuration."""
+    from trl import DPOConfig
+
+    on_cuda, per_batch = work["device"] != "cpu", work["trl_pairs"]
+    return DPOConfig(
+        output_dir=folder,
+        loss_type="sigmoid",
+        beta=work["beta"],
+        precompute_ref_log_probs=True,
+        max_length=None,
+        per_device_train_batch_size=per_batch,
+        gradient_accumulation_steps=len(work["pairs"]) // per_batch,
+        num_train_epochs=work["steps"],
+        learning_rate=work["learning_rate"],
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-8,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=work["dtype"] == "bfloat16",
+        use_cpu=not on_cuda,
+        use_liger_kernel=on_cuda,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=on_cuda,
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        seed=0,
+    )
+
+
 def trainer_of(work: dict[str, Any], folder: str) -> Any:
     """A DPOTrainer over the work's pairs that notes each step's loss and seconds."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOTrainer
 
     on_cuda = work["device"] != "cpu"
 
@@ -59,41 +94,12 @@ def trainer_of(work: dict[str, Any], folder: str) -> Any:
             self.micro_losses.append(loss.detach())
             return loss
 
-    per_batch = work["trl_pairs"]
     attention = "flash_attention_2" if on_cuda and importlib.util.find_spec("flash_attn") else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32, attn_implementation=attention)
-    settings = DPOConfig(
-        output_dir=folder,
-        loss_type="sigmoid",
-        beta=work["beta"],
-        precompute_ref_log_probs=True,
-        max_length=None,
-        per_device_train_batch_size=per_batch,
-        gradient_accumulation_steps=len(work["pairs"]) // per_batch,
-        num_train_epochs=work["steps"],
-        learning_rate=work["learning_rate"],
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_epsilon=1e-8,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=work["dtype"] == "bfloat16",
-        use_cpu=not on_cuda,
-        use_liger_kernel=on_cuda,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=on_cuda,
-        disable_tqdm=True,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        seed=0,
-    )
     pairs = [{"prompt_ids": pair["prompt"], "chosen_ids": pair["real"], "rejected_ids": pair["generated"]} for pair in work["pairs"]]
     special = dict.fromkeys(("pad_token", "eos_token"), "<pad>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, "<pad>")), **special)
-    trainer = TokenTrainer(model, args=settings, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+    trainer = TokenTrainer(model, args=settings_of(work, folder), train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
     trainer.add_callback(trainer.clock)
     return trainer
 
