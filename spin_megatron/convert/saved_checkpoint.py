@@ -273,8 +273,13 @@ def _refuse_unfinished(folder: Path) -> None:
 
 
 def is_vouched_for(folder: Path) -> bool:
-    """Whether a manifest of ours, in the folder or above it, lists the folder's index with the digest that it has."""
+    """Whether a manifest of ours, in the folder or above it, or what training wrote last, has the digest that the index has."""
     index = Path(folder).resolve() / INDEX_NAME
+    complete = index.with_name(COMPLETE_NAME)
+    if complete.exists() and index.exists():
+        recorded = json.loads(complete.read_text(encoding="utf-8")).get("pickles", {})
+        if recorded.get(INDEX_NAME) == digest_file(index):
+            return True
     for parent in [index.parent, *index.parents[1 : 1 + _MANIFEST_LEVELS]]:
         manifest = read_manifest(parent)
         for output in manifest.outputs if manifest is not None else ():

@@ -26,17 +26,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from spin_megatron.convert.saved_checkpoint import COMPLETE_NAME
+from spin_megatron.convert.saved_checkpoint import COMPLETE_NAME, INDEX_NAME
 from spin_megatron.data.progress import Progress
 from spin_megatron.mcore.lora import has_adapters, sharded_adapters
 from spin_megatron.mcore.optimizer import Trainer, gather_weights
 from spin_megatron.mcore.optimizer_state import restore_state, sharded_state_to_load, sharded_state_to_save
 from spin_megatron.mcore.runtime import Runtime
-from spin_megatron.run.manifest import installed_versions, write_json
+from spin_megatron.run.manifest import digest_file, installed_versions, write_json
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
+# What Megatron Core unpickles when it loads a folder (0.19 writes no common.pt).
+_PICKLES = (INDEX_NAME, "common.pt")
 _PREFIX = "step_"
 
 
@@ -195,7 +197,8 @@ def _save(folder: Path, state: dict[str, Any], *, kind: Literal["training", "wei
         for path in folder.iterdir():
             _fsync(path)
         layout = dataclasses.asdict(runtime.layout)
-        write_json(folder / COMPLETE_NAME, {"schema": SCHEMA, "kind": kind, "layout": layout, **facts, "versions": installed_versions()})
+        facts |= {"pickles": _pickle_digests(folder), "versions": installed_versions()}
+        write_json(folder / COMPLETE_NAME, {"schema": SCHEMA, "kind": kind, "layout": layout, **facts})
     dist.barrier()
 
 
@@ -252,9 +255,15 @@ def _read_facts(folder: Path, *, kind: Literal["training", "weights"] | None) ->
     facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if facts.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {facts.get('schema')}, this version reads {SCHEMA}; use the version that wrote it.")
+    if _pickle_digests(folder) != facts["pickles"]:
+        raise ValueError(f"{folder}: {' or '.join(_PICKLES)} changed since it was saved, and is not unpickled; remove the folder.")
     if kind is not None and facts["kind"] != kind:
         raise ValueError(f"{folder} is a {facts['kind']} checkpoint, expected a {kind} checkpoint.")
     return facts
+
+
+def _pickle_digests(folder: Path) -> dict[str, str]:
+    return {name: digest_file(folder / name) for name in _PICKLES if (folder / name).exists()}
 
 
 def _remove(folder: Path) -> None:

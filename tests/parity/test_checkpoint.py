@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from spin_megatron.convert.saved_checkpoint import is_vouched_for
 from spin_megatron.data.progress import Progress
 from spin_megatron.mcore.checkpoint import (
     COMPLETE_NAME,
@@ -213,6 +214,20 @@ def test_a_truncated_file_is_refused_by_name(bench: Bench, tmp_path: Path) -> No
     (data,) = folder.glob("*.distcp")
     os.truncate(data, data.stat().st_size // 2)
     with pytest.raises(ValueError, match=rf"{folder.name} cannot be loaded.*remove the folder"):
+        load_training(folder, bench.trainer, bench.runtime, recipe=RECIPE)
+
+
+def test_a_pickle_that_changed_is_never_opened(bench: Bench, tmp_path: Path) -> None:
+    folder = _save(bench, tmp_path, 2)
+    assert is_vouched_for(folder)  # export and convert need no --trust for a run's own checkpoints
+    index = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(index + b"x")
+    assert not is_vouched_for(folder)
+    with pytest.raises(ValueError, match=r"\.metadata or common\.pt changed since .* is not unpickled"):
+        load_training(folder, bench.trainer, bench.runtime, recipe=RECIPE)
+    (folder / ".metadata").write_bytes(index)
+    (folder / "common.pt").write_bytes(b"another's")
+    with pytest.raises(ValueError, match="is not unpickled"):
         load_training(folder, bench.trainer, bench.runtime, recipe=RECIPE)
 
 
