@@ -215,10 +215,15 @@ class ParallelSection(Section):
     stage_layers: tuple[int, ...] = Field(
         (), description="layers of each stage (pipeline x virtual_pipeline numbers in the model's order); absent: equal"
     )
-
     overlap: Literal["auto", "on", "off"] = Field(
         "auto", description="reduce gradients and gather weights over data ranks beside computation; auto: on GPUs"
     )
+
+    @model_validator(mode="after")
+    def _check_overlap(self) -> Self:
+        if self.overlap == "on" and self.data * self.context == 1:
+            raise ValueError('parallel.overlap="on" with parallel.data=1 and parallel.context=1: no gradient is reduced; use "auto".')
+        return self
 
     def layout(self) -> ParallelLayout:
         return ParallelLayout(**self.model_dump(exclude={"overlap"}))

@@ -123,7 +123,9 @@ def build_trainer(
     if dist.get_rank() == 0:
         for used in kernels:
             logger.info("optimizer: %s (%s)", used.maker, used.reason)
-    return Trainer(wrapped, optimizer, rule)
+    trainer = Trainer(wrapped, optimizer, rule)
+    gather_weights(trainer)  # so that no forward pass before the first update begins a gather
+    return trainer
 
 
 def overlaps(setting: Literal["auto", "on", "off"], device: torch.device) -> bool:

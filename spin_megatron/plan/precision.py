@@ -94,7 +94,7 @@ def check_precision(
             "packs meet there differs between the reference pass and a step, so margins would not start at 0; use "
             '"fp8-blockwise", or parallel.expert = 1.'
         )
-    most = shape.num_layers // layout.pipeline
+    most = min(layout.layers_of_rank(shape.num_layers, rank) for rank in (0, layout.pipeline - 1))
     if num_bf16_end_layers > most:
         raise ValueError(
             f"train.num_bf16_end_layers={num_bf16_end_layers} is more than the {most} layers of a pipeline stage (Megatron Core's limit); "
