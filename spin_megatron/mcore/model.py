@@ -226,6 +226,9 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         pipeline_model_parallel_layout=_stages(layout),
+        # With two ranks and virtual stages a batch holds an activation and a gradient from one rank to the other and back: matched by
+        # order, they are taken for each other. One by one, Megatron Core gives each direction its own group.
+        batch_p2p_comm=not (layout.pipeline == 2 and layout.virtual_pipeline > 1),
         sequence_parallel=layout.sequence,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,

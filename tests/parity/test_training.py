@@ -49,7 +49,8 @@ CASES = {
     "tp, sequence parallel": Case(ParallelLayout(tensor=2, data=2, sequence=True)),
     "pp": Case(ParallelLayout(pipeline=2, data=2), is_distributed=True),
     "pp, uneven stages": Case(ParallelLayout(pipeline=2, data=2, stage_layers=(3, 1)), ("llama2",)),
-    "pp, virtual stages": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2), ("llama2",)),
+    # Four micro-batches: only then does a stage send an activation and a gradient to the same rank at a time.
+    "tp, pp, virtual stages": Case(ParallelLayout(tensor=2, pipeline=2, virtual_pipeline=2), ("llama2",)),
     "pp, uneven virtual stages": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2, stage_layers=(2, 2, 1, 1)), ("tied",)),
     "tp and pp": Case(ParallelLayout(tensor=2, pipeline=2)),
     "pp, virtual stages, overlapped": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2), ("llama2",), True, overlap=True),
