@@ -80,6 +80,7 @@ def check_config(config: RunConfig) -> None:
         return
     layout, train = config.parallel.layout(), config.train
     layout.check(shape)
+    layout.check_pack(train.pack_tokens)
     check_precision(train.precision, shape, layout, pack_tokens=train.pack_tokens, num_bf16_end_layers=train.num_bf16_end_layers)
     if (adapters := config.lora.shape()) is not None:
         adapters.check(shape)

@@ -25,10 +25,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from spin_megatron.mcore.varlen import PlanCache, VarlenPlan, gather_keys
+from spin_megatron.mcore.context import ContextPlan, gather_pack, plan_context
+from spin_megatron.mcore.varlen import PlanCache, VarlenPlan, branch_keys, gather_keys
 
 BackendName = Literal["cpu_flash", "flash_attn", "transformer_engine", "torch_varlen", "sdpa"]
 Branch = tuple[int, int, int, int]
@@ -93,16 +95,16 @@ class BranchAttention(torch.nn.Module):
         layer_number: int,
         attn_mask_type: Any,  # noqa: ARG002 (Megatron Core names it; branches decide instead)
         attention_type: str,
-        cp_comm_type: str | None = None,  # noqa: ARG002 (context parallelism is refused below)
+        cp_comm_type: str | None = None,  # noqa: ARG002 (mcore.context gathers keys)
         softmax_scale: float | None = None,
-        pg_collection: Any = None,  # noqa: ARG002 (no collective happens here)
+        pg_collection: Any = None,
         *,
         backend: Backend,
-        plans: PlanCache,
+        plans: PlanCache[VarlenPlan],
+        shares: PlanCache[ContextPlan] | None = None,
     ) -> None:
         super().__init__()
         assert attention_type == "self", "branches describe self-attention"
-        assert config.context_parallel_size == 1, "packed branches are not split over context-parallel ranks"
         assert config.attention_dropout == 0.0, "dropout would make reference and policy differ"
         self.layer_number = layer_number
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
@@ -110,6 +112,8 @@ class BranchAttention(torch.nn.Module):
         self.deterministic = bool(config.deterministic_mode)
         self.backend = backend
         self.plans = plans
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.shares = shares or PlanCache(make=plan_context)
         self._te_modules: dict[tuple[int, int], Any] = {}
 
     def forward(
@@ -128,7 +132,8 @@ class BranchAttention(torch.nn.Module):
         """Attend.
 
         Args:
-            query: [T, 1, N, D]; key, value: [T, 1, G, D]. attention_mask: branches_B4, int64 on the CPU.
+            query: [T, 1, N, D]; key, value: [T, 1, G, D] (local: T/C tokens of the pack with context parallelism).
+            attention_mask: branches_B4 of the whole pack, int64 on the CPU.
 
         Returns:
             [T, 1, N * D] in query's dtype; exactly 0 for tokens of no branch (padding). Softmax and sums are fp32.
@@ -138,6 +143,8 @@ class BranchAttention(torch.nn.Module):
         assert query.shape[1] == 1, "a micro-batch is one pack"
         branches_B4 = attention_mask
         query_TND, key_TGD, value_TGD = (tensor.squeeze(1) for tensor in (query, key, value))
+        if self.context_group is not None:
+            key_TGD, value_TGD, branches_B4 = self._share(key_TGD, value_TGD, branches_B4, self.context_group)
         if branches_B4.shape[0] == 0:
             # A pack of padding: no attention, but every parameter before it still gets its (zero) gradient.
             context_TND = query_TND * 0 + (key_TGD.sum() + value_TGD.sum()) * 0
@@ -151,8 +158,19 @@ class BranchAttention(torch.nn.Module):
                 context_TND = attend_by_branch(query_TND, key_TGD, value_TGD, branches, scale=self.scale, window=self.window)
         return context_TND.reshape(query.shape[0], 1, -1)
 
+    def _share(
+        self, key_TGD: Tensor, value_TGD: Tensor, branches_B4: Tensor, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and branches of this context rank's queries. Collective, whatever is in the pack."""
+        num_tokens = key_TGD.shape[0] * group.size()
+        plan = self.shares.get(branches_B4, key_TGD.device, num_tokens, group.size(), group.rank())
+        key_TGD, value_TGD = gather_pack(torch.stack((key_TGD, value_TGD), dim=1), group).unbind(1)
+        if plan.branches_S4.shape[0]:
+            key_TGD, value_TGD = gather_keys(key_TGD, plan.keys), gather_keys(value_TGD, plan.keys)
+        return key_TGD, value_TGD, plan.branches_S4
+
     def _varlen(self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, plan: VarlenPlan) -> Tensor:
-        key_KGD, value_KGD = (gather_keys(tensor, plan) for tensor in (key_TGD, value_TGD))
+        key_KGD, value_KGD = (branch_keys(tensor, plan) for tensor in (key_TGD, value_TGD))
         context = self._varlen_kernel(plan)(query_TND[: plan.used], key_KGD, value_KGD)
         return F.pad(context, (0, 0, 0, 0, 0, query_TND.shape[0] - plan.used))
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spin_megatron.mcore.attention import Backend, BranchAttention
+from spin_megatron.mcore.context import plan_context
 from spin_megatron.mcore.varlen import PlanCache
 
 SpecKind = Literal["local", "transformer_engine"]
@@ -70,7 +71,7 @@ def layer_submodules(kind: SpecKind, *, num_experts: int | None, qk_norm: bool, 
             # name a checkpoint of one spec loads into the other.
             del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     # One plan cache for all layers: they see the same pack.
-    core_attention = functools.partial(BranchAttention, backend=attention, plans=PlanCache())
+    core_attention = functools.partial(BranchAttention, backend=attention, plans=PlanCache(), shares=PlanCache(make=plan_context))
     spec.submodules.self_attention.submodules.core_attention = core_attention
     return spec, norm
 

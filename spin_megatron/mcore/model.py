@@ -25,6 +25,7 @@ from torch import Tensor
 from spin_megatron.convert.families import Fetch, global_name, megatron_shard, padded_vocab
 from spin_megatron.convert.hf_io import HfFolder, check_tensors
 from spin_megatron.mcore.attention import choose_backend
+from spin_megatron.mcore.context import own_tokens, sum_rows
 from spin_megatron.mcore.fused import choose_weight_gradients
 from spin_megatron.mcore.layers import LayerSpec, SpecKind, choose_layer_spec, layer_submodules
 from spin_megatron.mcore.precision import Fp8, require_fp8
@@ -72,16 +73,33 @@ class SpinModel(GPTModel):
             Inner stages: hidden states [T or T/TP, 1, H]. Last stage: logp_R, fp32 nats, the same bits on every tensor rank.
             Gradient flows to all parameters of the stage and to the hidden states received.
         """
+        own_T = None
+        if self.config.context_parallel_size > 1:
+            group = self.pg_collection.cp
+            own_T = own_tokens(tokens_1T.shape[1], group.size(), group.rank()).to(tokens_1T.device, non_blocking=True)
+            tokens_1T, positions_1T = tokens_1T[:, own_T], positions_1T[:, own_T]
         embedded_T1H = self.embedding(input_ids=tokens_1T, position_ids=positions_1T) if self.pre_process else None
         hidden_T1H: Tensor = self.decoder(
             hidden_states=embedded_T1H,
             attention_mask=branches_B4,
             rotary_pos_emb=rotary_angles(positions_1T[0], self.rotary_pos_emb.inv_freq),
         )
-        return self.score(hidden_T1H, rows_R, targets_R) if self.post_process else hidden_T1H
+        return self.score(hidden_T1H, rows_R, targets_R, own_T) if self.post_process else hidden_T1H
 
-    def score(self, hidden_T1H: Tensor, rows_R: Tensor, targets_R: Tensor) -> Tensor:
-        """Log-probabilities of the targets from final hidden states: [R] fp32."""
+    def score(self, hidden_T1H: Tensor, rows_R: Tensor, targets_R: Tensor, own_T: Tensor | None) -> Tensor:
+        """Log-probabilities of the targets from final hidden states: [R] fp32.
+
+        Args:
+            own_T: with context parallelism, which tokens of the pack the hidden states are of; each rank scores its rows.
+        """
+        if own_T is not None:
+            group, num_rows = self.pg_collection.cp, rows_R.shape[0]
+            local_T = torch.full((own_T.shape[0] * group.size(),), -1, device=own_T.device)
+            local_T[own_T] = torch.arange(own_T.shape[0], device=own_T.device)
+            local_R = local_T[rows_R]
+            places = (local_R >= 0).nonzero().squeeze(1)  # the one place where the host waits for the device
+            logp_own = self.score(hidden_T1H, local_R[places], targets_R[places], None)
+            return sum_rows(logp_own, places, num_rows, group)
         if self.config.sequence_parallel:
             # Its backward sums over ranks while it scatters, so the head leaves its gradient unsummed.
             hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(
@@ -150,15 +168,10 @@ def build_model(
         One chunk, or parallel.virtual_pipeline of them.
 
     Raises:
-        ValueError: the layout does not divide the model or asks for context parallelism, or the FP8 recipe is not computed here.
+        ValueError: the layout does not divide the model, or the FP8 recipe is not computed here.
     """
     layout = runtime.layout
     layout.check(shape)
-    if layout.context > 1:
-        raise ValueError(
-            f"parallel.context={layout.context} (config.toml [parallel]): pairs that share their prompt are not split over "
-            "context-parallel ranks; use 1, and parallel.tensor or parallel.pipeline for long sequences."
-        )
     spec = choose_layer_spec(runtime.device)
     if fp8 is not None:
         require_fp8(fp8, spec)

@@ -52,15 +52,10 @@ def run_schedule(
     With virtual pipeline stages the number of packs must be a multiple of parallel.pipeline (see `fill_schedule`).
 
     Raises:
-        ValueError: under sequence parallelism, a pack length that the tensor-parallel ranks do not divide.
+        ValueError: sequence or context parallelism does not divide the packs.
     """
-    pack_tokens, layout = batches[0].tokens_T.shape[0], runtime.layout
-    if layout.sequence and pack_tokens % layout.tensor:
-        multiple = -(-pack_tokens // layout.tensor) * layout.tensor
-        raise ValueError(
-            f"train.pack_tokens={pack_tokens} is not a multiple of parallel.tensor={layout.tensor}, over which parallel.sequence "
-            f"splits each pack (config.toml); use {multiple}."
-        )
+    pack_tokens = batches[0].tokens_T.shape[0]
+    runtime.layout.check_pack(pack_tokens)
     collected: list[Any] = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[on_device(batches, runtime.device) for _ in chunks],

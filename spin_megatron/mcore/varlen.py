@@ -10,21 +10,23 @@ Shapes: T tokens of the pack, B branches, G key-value groups (local: G/TP), D he
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Plan = TypeVar("Plan")
 
 
 @dataclass(frozen=True)
 class VarlenPlan:
     """Where a variable-length kernel finds the branches. cu_*: int32 [B + 1] running sums on the device.
 
-    used: tokens in branches; they are the first of the pack. gather_K: source token of each gathered key, None where every
-    branch's keys are its own tokens. first_T: for each used token the place of its first copy among the gathered keys;
-    again: (tokens, places) of second, third, ... copies, each token at most once per entry.
+    used: tokens in branches; they are the first of the pack. keys: which keys are gathered, None where every branch's keys are its
+    own tokens.
     """
 
     cu_queries_B1: Tensor
@@ -32,9 +34,24 @@ class VarlenPlan:
     max_queries: int
     max_keys: int
     used: int
-    gather_K: Tensor | None
-    first_T: Tensor | None
-    again: tuple[tuple[Tensor, Tensor], ...]
+    keys: "KeyGather | None"
+
+
+@dataclass(frozen=True)
+class KeyGather:
+    """A gather of keys whose backward has one order.
+
+    source_K: token of each gathered key. copies: entry n holds (tokens, places) of the n-th copies, each token at most once.
+    """
+
+    source_K: Tensor
+    copies: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, source_K: Tensor, device: torch.device) -> "KeyGather":
+        """Plan the gather of these tokens, int64 on the CPU."""
+        copies = tuple((tokens.to(device, non_blocking=True), places.to(device, non_blocking=True)) for tokens, places in _copies(source_K))
+        return cls(source_K.to(device, non_blocking=True), copies)
 
 
 def plan_varlen(branches_B4: Tensor, device: torch.device) -> VarlenPlan:
@@ -47,28 +64,24 @@ def plan_varlen(branches_B4: Tensor, device: torch.device) -> VarlenPlan:
     def on_device(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
-    gather_K = first_T = None
-    again: tuple[tuple[Tensor, Tensor], ...] = ()
+    keys = None
     if int(prefix_B.max()) > 0:
         ranges = branches_B4.reshape(-1, 2).tolist()  # (prefix_start, prefix_length) and (start, length) of each branch in turn
-        gather_K = torch.cat([torch.arange(start, start + count) for start, count in ranges])
-        copies = _copies(gather_K)
-        first_T, again = on_device(copies[0][1]), tuple((on_device(tokens), on_device(places)) for tokens, places in copies[1:])
-        gather_K = on_device(gather_K)
+        keys = KeyGather.of(torch.cat([torch.arange(start, start + count) for start, count in ranges]), device)
     return VarlenPlan(
         cu_queries_B1=on_device(F.pad(ends_B, (1, 0)).to(torch.int32)),
         cu_keys_B1=on_device(F.pad(keys_B.cumsum(0), (1, 0)).to(torch.int32)),
         max_queries=int(length_B.max()),
         max_keys=int(keys_B.max()),
         used=int(ends_B[-1]),
-        gather_K=gather_K,
-        first_T=first_T,
-        again=again,
+        keys=keys,
     )
 
 
 def _copies(gather_K: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Group the places of gather_K by how often their token stood before: entry n holds (tokens, places) of the n-th copies."""
+    if gather_K.numel() == 0:
+        return []
     order = torch.argsort(gather_K, stable=True)
     tokens = gather_K[order]
     is_new = torch.ones_like(tokens, dtype=torch.bool)
@@ -78,51 +91,52 @@ def _copies(gather_K: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(tokens[occurrence == n], order[occurrence == n]) for n in range(int(occurrence.max()) + 1)]
 
 
-class PlanCache:
+class PlanCache(Generic[Plan]):
     """Plans of the packs in flight, so that the layers of a model (and their recomputation) share one.
 
     Found by content: a recomputed layer is given another tensor object with the same branches.
     """
 
-    def __init__(self, capacity: int = 64) -> None:
+    def __init__(self, capacity: int = 64, make: Callable[..., Plan] = plan_varlen) -> None:  # type: ignore[assignment]
         self._capacity = capacity
-        self._plans: OrderedDict[tuple[bytes, str], VarlenPlan] = OrderedDict()
+        self._make = make
+        self._plans: OrderedDict[tuple[bytes, str, tuple[int, ...]], Plan] = OrderedDict()
 
-    def get(self, branches_B4: Tensor, device: torch.device) -> VarlenPlan:
+    def get(self, branches_B4: Tensor, device: torch.device, *sizes: int) -> Plan:
         """The plan of these branches, made now or found; the least recently used one goes when there are too many."""
-        key = (branches_B4.numpy().tobytes(), str(device))
+        key = (branches_B4.numpy().tobytes(), str(device), sizes)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = plan_varlen(branches_B4, device)
+            plan = self._plans[key] = self._make(branches_B4, device, *sizes)
             while len(self._plans) > self._capacity:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return plan
 
 
-def gather_keys(keys_TGD: Tensor, plan: VarlenPlan) -> Tensor:
-    """Keys (or values) of all branches one after the other, each with its prefix before it: [K, G, D].
+def branch_keys(keys_TGD: Tensor, plan: VarlenPlan) -> Tensor:
+    """Keys (or values) of all branches one after the other, each with its prefix before it: [K, G, D]."""
+    return keys_TGD[: plan.used] if plan.keys is None else gather_keys(keys_TGD, plan.keys)
 
-    The backward sums the copies of a prefix token in a fixed order, unlike index_select's, whose atomic adds differ from run to run.
+
+def gather_keys(keys_TGD: Tensor, gather: KeyGather) -> Tensor:
+    """The chosen keys: [K, G, D].
+
+    The backward sums the copies of a token in a fixed order, unlike index_select's, whose atomic adds differ from run to run.
     """
-    if plan.gather_K is None:
-        return keys_TGD[: plan.used]
-    gathered: Tensor = _GatherKeys.apply(keys_TGD, plan)
+    gathered: Tensor = _GatherKeys.apply(keys_TGD, gather)
     return gathered
 
 
 class _GatherKeys(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keys_TGD: Tensor, plan: VarlenPlan) -> Tensor:
-        assert plan.gather_K is not None
-        ctx.plan, ctx.num_tokens = plan, keys_TGD.shape[0]
-        return keys_TGD.index_select(0, plan.gather_K)
+    def forward(ctx: Any, keys_TGD: Tensor, gather: KeyGather) -> Tensor:
+        ctx.copies, ctx.num_tokens = gather.copies, keys_TGD.shape[0]
+        return keys_TGD.index_select(0, gather.source_K)
 
     @staticmethod
     def backward(ctx: Any, grad_KGD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        plan: VarlenPlan = ctx.plan
-        assert plan.first_T is not None
-        grad_TGD = F.pad(grad_KGD.index_select(0, plan.first_T), (0, 0, 0, 0, 0, ctx.num_tokens - plan.used))
-        for tokens, places in plan.again:  # tokens are unique within an entry, so this add has one order
+        grad_TGD = grad_KGD.new_zeros((ctx.num_tokens, *grad_KGD.shape[1:]))
+        for tokens, places in ctx.copies:  # tokens are unique within an entry, so this add has one order
             grad_TGD.index_add_(0, tokens, grad_KGD.index_select(0, places))
         return grad_TGD, None

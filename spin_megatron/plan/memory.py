@@ -194,11 +194,12 @@ def layer_widths(shape: ModelShape, layout: ParallelLayout, settings: TrainSetti
     """Widths of a layer with flash attention, fused SwiGLU and no dropout (after arXiv 2205.05198, equation 2, without its dropout
     masks and score matrices; GQA and the gated MLP counted as they are).
 
-    Sequence parallelism splits the norms' tensors over tensor ranks, tensor parallelism all others, context parallelism the tokens.
+    Sequence parallelism splits the norms' tensors over tensor ranks, tensor parallelism all others, context parallelism the tokens; keys
+    and values of the whole pack are gathered on every context rank (mcore/context.py).
     """
     sequence_split = layout.tensor if layout.sequence else 1
     hidden = shape.hidden_size / sequence_split
-    key_value = 2 * shape.num_kv_heads * (1 + settings.shared_prefix)
+    key_value = 2 * shape.num_kv_heads * (layout.context + settings.shared_prefix)
     attention = (2 * shape.num_heads + key_value) * shape.head_dim / layout.tensor
     residual = 4 * hidden
     if shape.num_experts is None:

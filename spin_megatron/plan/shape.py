@@ -174,9 +174,6 @@ class ParallelLayout:
         for name in ("tensor", "pipeline", "data", "context", "expert", "virtual_pipeline"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name}={getattr(self, name)} (config.toml [parallel]); use a number of at least 1.")
-        if self.context > 1:
-            found = f"parallel.context={self.context} (config.toml [parallel])"
-            raise ValueError(f"{found}: packed pairs are not split over context ranks; use 1, and more tensor for longer packs.")
         self._check_tensor(shape)
         self._check_stages(shape)
         if self.virtual_pipeline > 1 and self.pipeline == 1:
@@ -185,6 +182,20 @@ class ParallelLayout:
         if self.sequence and self.tensor == 1:
             raise ValueError("parallel.sequence=true splits over tensor ranks and parallel.tensor=1 (config.toml [parallel]); use false.")
         self._check_expert(shape)
+
+    def check_pack(self, pack_tokens: int) -> None:
+        """Refuse packs that do not divide into what a rank holds of them: two chunks a context rank, split again by sequence parallelism.
+
+        Raises:
+            ValueError: names train.pack_tokens and the nearest length that does.
+        """
+        unit = (2 * self.context if self.context > 1 else 1) * (self.tensor if self.sequence else 1)
+        if pack_tokens % unit:
+            raise ValueError(
+                f"train.pack_tokens={pack_tokens} is not a multiple of {unit}, into which parallel.context={self.context} (two chunks a "
+                f"rank) and parallel.sequence={str(self.sequence).lower()} (parallel.tensor={self.tensor} parts) split a pack "
+                f"(config.toml); use {-(-pack_tokens // unit) * unit}."
+            )
 
     def _check_tensor(self, shape: ModelShape) -> None:
         if _tensor_divides(shape, self.tensor):

@@ -54,6 +54,13 @@ CASES = {
     "pp, uneven virtual stages": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2, stage_layers=(2, 2, 1, 1)), ("tied",)),
     "tp and pp": Case(ParallelLayout(tensor=2, pipeline=2)),
     "pp, virtual stages, overlapped": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2), ("llama2",), True, overlap=True),
+    "cp": Case(ParallelLayout(context=4)),
+    "cp and dp, overlapped": Case(ParallelLayout(data=2, context=2), ("llama2",), is_distributed=True, overlap=True),
+    "cp, tp, sequence parallel": Case(ParallelLayout(tensor=2, context=2, sequence=True)),
+    "cp, pp, uneven virtual stages": Case(
+        ParallelLayout(pipeline=2, context=2, virtual_pipeline=2, stage_layers=(2, 2, 1, 1)), ("tied",), is_distributed=True
+    ),
+    "cp and ep": Case(ParallelLayout(context=2, data=2, expert=2), ("mixtral",)),
     "ep": Case(ParallelLayout(tensor=2, data=2, expert=2, sequence=True), ("mixtral",), is_distributed=True),
     "ep, overlapped": Case(ParallelLayout(data=4, expert=2), ("mixtral",), is_distributed=True, overlap=True),
 }

@@ -132,7 +132,7 @@ def test_layers_share_one_plan_found_by_content() -> None:
     plan = plans.get(first, device)
     assert plans.get(first.clone(), device) is plan
     other, third = torch.tensor([[0, 0, 0, 3]]), torch.tensor([[0, 0, 0, 4]])
-    assert plans.get(other, device).gather_K is None
+    assert plans.get(other, device).keys is None
     assert plans.get(first, device) is plan
     plans.get(third, device)
     assert plans.get(first, device) is plan  # used more recently than `other`, which had to go

@@ -121,10 +121,12 @@ def test_a_layout_that_does_not_divide_the_model_is_refused_by_its_field() -> No
     assert "parallel.tensor=3 does not divide model.num_heads=64" in outcome.reason
 
 
-def test_context_ranks_are_refused_since_pairs_are_not_split() -> None:
-    outcome = try_layout(question(), ParallelLayout(tensor=8, pipeline=2, context=2, sequence=True))
-    assert isinstance(outcome, Refusal)
-    assert outcome.reason.startswith("parallel.context=2 (config.toml [parallel]): packed pairs are not split over context ranks")
+def test_context_ranks_halve_what_tokens_leave_but_not_the_keys_they_attend_to() -> None:
+    one, two = (
+        all_ranks(LLAMA3_70B, ParallelLayout(tensor=8, pipeline=4, context=context, sequence=True), question().settings)[0]
+        for context in (1, 2)
+    )
+    assert 0.5 < two.activations / one.activations < 0.6
 
 
 @pytest.mark.parametrize(
