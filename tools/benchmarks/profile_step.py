@@ -53,7 +53,8 @@ class PlainModel(SpinModel):
             rotary_pos_emb=rotary_angles(positions_BS[0], self.rotary_pos_emb.inv_freq),
         )
         weight_VH = self.shared_embedding_or_output_weight() if self.shape.tied_embeddings else None
-        logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight_VH)
+        # SpinModel put its own head in the place of the layer's forward; this is the layer's.
+        logits_SBV, _ = type(self.output_layer).forward(self.output_layer, hidden_SBH, weight=weight_VH)
         loss_SB: Tensor = vocab_parallel_cross_entropy(logits_SBV[:-1], tokens_BS.t()[1:].contiguous())
         return -loss_SB.t()
 
