@@ -252,6 +252,21 @@ class StopSection(Section):
     max_logp_drop: float | None = Field(None, description="nats, mean drop of log p(y) of the human answers")
 
 
+class GuardSection(Section):
+    """[guard]: signs of a training that goes wrong, judged at each step before its update (objective/guard.py)."""
+
+    on_excess: Literal["warn", "skip", "stop"] = Field("warn", description="skip: leave the update out, as if it were not finite")
+    window: int = Field(32, ge=8, description="updates whose median loss and gradient norm a step is compared with")
+    max_loss_rise: float | None = Field(1.0, gt=0, description="nats over the median")
+    max_grad_norm_ratio: float | None = Field(10.0, gt=1, description="times the median")
+    max_logp_drop: float | None = Field(50.0, gt=0, description="nats, mean drop of log p(y) of a step's human answers since theta_t")
+    max_margin: float | None = Field(20.0, gt=0, description="nats, beta times a step's mean margin; the loss is flat there")
+
+    def limits(self) -> dict[str, float | None]:
+        """The arguments of objective.guard.Limits."""
+        return self.model_dump(exclude={"on_excess", "window"})
+
+
 class LaunchSection(Section):
     """[launch]: processes on one machine."""
 
@@ -323,6 +338,7 @@ class RunConfig(Section):
     parallel: ParallelSection = ParallelSection()
     evaluate: EvaluateSection = EvaluateSection()
     stop: StopSection = StopSection()
+    guard: GuardSection = GuardSection()
     launch: LaunchSection = LaunchSection()
     slurm: SlurmSection = SlurmSection()
 

@@ -27,7 +27,7 @@ from spin_megatron.run.telemetry import progress_bar
 logger = logging.getLogger(__name__)
 
 # A started run may be moved to another layout or machine: these sections and settings decide how, not what.
-CHANGEABLE = ("parallel", "launch", "slurm", "quality", "stop", "generate.environment")
+CHANGEABLE = ("parallel", "launch", "slurm", "quality", "guard", "stop", "generate.environment")
 BAR_SECONDS = 1.0
 _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped and saved its state"}
 

@@ -9,7 +9,7 @@ the finished optimizer's groups over. Adam's own state is allocated by its first
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,7 +64,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class UpdateOutcome:
-    """grad_norm: global L2 norm before clipping, the same on all ranks. is_applied: False when it was not finite."""
+    """grad_norm: global L2 norm before clipping, the same on all ranks. is_applied: False when it was not finite or not allowed."""
 
     grad_norm: float
     is_applied: bool
@@ -185,17 +185,20 @@ def clear_gradients(trainer: Trainer) -> None:
     trainer.optimizer.zero_grad()
 
 
-def apply_gradients(trainer: Trainer, *, learning_rate: float) -> UpdateOutcome:
+def apply_gradients(trainer: Trainer, *, learning_rate: float, is_allowed: Callable[[float], bool] | None = None) -> UpdateOutcome:
     """Clip and apply the reduced gradients in the buffers; leave weights and state alone when their norm is not finite.
 
     Collective over all ranks; every rank returns the same.
+
+    Args:
+        is_allowed: asked with the norm before weights change; its answer must be the same on all ranks.
     """
     optimizer = trainer.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(grad_norm):
+    if not math.isfinite(grad_norm) or (is_allowed is not None and not is_allowed(grad_norm)):
         return UpdateOutcome(grad_norm, is_applied=False)
     if trainer.rule.max_grad_norm is not None:
         for part in parts(optimizer):

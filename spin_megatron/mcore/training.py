@@ -9,7 +9,7 @@ Shapes: R rows of a pack, P pairs of a pack, K metrics of `objective.spin_loss.M
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,9 @@ from spin_megatron.run.records import ReferenceScore
 # between the reference phase and a step: other matrix shapes, other last bits. Measured 3.5e-7 nats in fp32 on a tiny model.
 EXPERT_MARGIN_NATS = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 
+# Whether an update may be made, from the step's metrics and gradient norm.
+Judge = Callable[[Mapping[str, float], float], bool]
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -45,7 +48,7 @@ class StepOutcome:
     """What one step did. The same on all ranks but for suspects.
 
     metrics: means over the step's pairs (METRIC_NAMES).
-    is_applied: False when loss or gradients were not finite.
+    is_applied: False when loss or gradients were not finite, or the judge refused the update.
     suspects: pair ids of this rank's packs whose loss was not finite; empty where it was, and on ranks without losses.
     """
 
@@ -65,6 +68,7 @@ def train_step(
     num_pairs: int,
     learning_rate: float,
     must_start_at_zero: bool = False,
+    judge: Judge | None = None,
 ) -> StepOutcome:
     """Make one update. Collective over all ranks.
 
@@ -73,6 +77,7 @@ def train_step(
         references: pair_id -> log-prob sums under theta_t, for the pairs of these packs at least.
         num_pairs: pairs of the step on all ranks.
         must_start_at_zero: this is the first update of an iteration: check, before the weights change, that theta is theta_t.
+        judge: given on all ranks or on none; rank 0's is asked whether the update may be made, and all ranks follow.
 
     Raises:
         ValueError: with must_start_at_zero, when a margin is not exactly 0 or the loss is not l(0).
@@ -105,7 +110,12 @@ def train_step(
         check_start(metrics, objective, tolerance=EXPERT_MARGIN_NATS[dtype] if runtime.layout.expert > 1 else 0.0)
     if not math.isfinite(metrics["loss"]):
         return StepOutcome(metrics, math.nan, is_applied=False, suspects=_suspects(batches, by_pack))
-    update = apply_gradients(trainer, learning_rate=learning_rate)
+
+    def is_allowed(grad_norm: float) -> bool:
+        assert judge is not None
+        return agreed_by_first_rank(runtime.rank != 0 or judge(metrics, grad_norm), runtime)
+
+    update = apply_gradients(trainer, learning_rate=learning_rate, is_allowed=is_allowed if judge else None)
     return StepOutcome(metrics, update.grad_norm, update.is_applied)
 
 

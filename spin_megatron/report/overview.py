@@ -68,7 +68,9 @@ def print_iterations(config: RunConfig, layout: RunLayout) -> None:
     warnings = []
     for t, evaluation in evaluations(config, layout).items():
         table.add_row(str(t), *(format(evaluation[key], pattern) for _, key, pattern in EVALUATION_COLUMNS))
-        warnings += [f"iteration {t}: {warning}" for warning in evaluation.get("warnings", [])]
+        trained = read_manifest(layout.train(t))
+        of_training = trained.summary.get("warnings", []) if trained else []
+        warnings += [f"iteration {t}: {warning}" for warning in [*of_training, *evaluation.get("warnings", [])]]
     console = Console()
     console.print(table)
     for warning in warnings:

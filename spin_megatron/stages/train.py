@@ -12,11 +12,14 @@ with a weights-only checkpoint, which export reads, and the scores of a few prob
 
 import json
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from spin_megatron.mcore.precision import Fp8
 from spin_megatron.mcore.reference import PackedPairs, cached_scores, claim_cache, numerics, score_pairs
 from spin_megatron.mcore.runtime import Runtime, default_device, running
 from spin_megatron.mcore.training import Objective, StepOutcome, agreed_by_first_rank, train_step
+from spin_megatron.objective.guard import Guard, Limits
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.manifest import StageIncomplete, digest_values, read_manifest
 from spin_megatron.run.records import ReferenceScore, write_rows
@@ -198,28 +202,46 @@ def _update_phase(job: _Job, trainer: Trainer, references: dict[str, ReferenceSc
     if newest is not None:
         logger.info("resumed from %s after %d steps", newest, progress.step)
     plan = _step_plan(job)
-    skipped_in_row = 0
+    past = _past_steps(context, progress)
+    guard = _guard(context, past)
+    skipped_in_row = sum(1 for _ in takewhile(lambda row: row["skipped"], reversed(past)))
     num_steps = plan.steps_per_epoch * scalars.stop_epoch
     bar = progress_bar("train (steps)", num_steps, done=progress.step, show=context.show)
     with bar as advance, _metrics_writer(job, progress) as writer:
         for step in plan.remaining(progress):
             started = time.perf_counter()
-            outcome, learning_rate = _make_step(job, trainer, references, step, plan)
+            outcome, learning_rate = _make_step(job, trainer, references, step, plan, guard)
             progress = replace(step.after, num_skipped=progress.num_skipped + (not outcome.is_applied))
             skipped_in_row = 0 if outcome.is_applied else skipped_in_row + 1
             if writer is not None:
                 seconds = time.perf_counter() - started
-                writer.write(progress.step - 1, _numbers(step, outcome, learning_rate, progress, seconds))
+                numbers = _numbers(step, outcome, learning_rate, progress, seconds)
+                writer.write(progress.step - 1, numbers | {f"guard.{excess.limit}": 1.0 for excess in guard.found})
             advance(1, note=f"loss {outcome.metrics['loss']:.4f} margin {outcome.metrics['margin']:+.3f}")
-            has_failed, has_stopped = skipped_in_row >= settings.max_skipped_steps, job.stop_requested()
+            is_refused = not outcome.is_applied and math.isfinite(outcome.grad_norm) and context.config.guard.on_excess == "stop"
+            has_failed, has_stopped = is_refused or skipped_in_row >= settings.max_skipped_steps, job.stop_requested()
             if has_failed or has_stopped or progress.step % settings.save_every_steps == 0:
                 checkpoint.save_training(root, trainer, progress, runtime, recipe=job.recipe, keep=settings.keep_checkpoints)
             if has_failed:
-                raise ValueError(_failure(skipped_in_row, progress, root))
+                raise ValueError(_refusal(guard, progress, root) if is_refused else _failure(skipped_in_row, progress, root))
             if has_stopped:
                 logger.info("stopped on request after %d of %d steps; the state is in %s", progress.step, num_steps, root)
                 return False
     return True
+
+
+def _past_steps(context: StageContext, progress: Progress) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl of the steps that the checkpoint holds, oldest first."""
+    path = context.layout.metrics(context.iteration)
+    if not progress.step or not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [row for row in rows if row["step"] < progress.step]
+
+
+def _guard(context: StageContext, past: Sequence[dict[str, Any]]) -> Guard:
+    settings, beta = context.config.guard, context.scalars.beta
+    return Guard(Limits(**settings.limits()), on_excess=settings.on_excess, window=settings.window, beta=beta, past=past)
 
 
 def _step_plan(job: _Job) -> StepPlan:
@@ -242,7 +264,7 @@ def _metrics_writer(job: _Job, progress: Progress) -> Any:
 
 
 def _make_step(
-    job: _Job, trainer: Trainer, references: dict[str, ReferenceScore], step: PlannedStep, plan: StepPlan
+    job: _Job, trainer: Trainer, references: dict[str, ReferenceScore], step: PlannedStep, plan: StepPlan, guard: Guard
 ) -> tuple[StepOutcome, float]:
     """One update of this rank's packs; logs what was skipped. Returns the outcome and the learning rate."""
     config, scalars, runtime = job.context.config, job.context.scalars, job.runtime
@@ -259,6 +281,7 @@ def _make_step(
         num_pairs=step.num_pairs,
         learning_rate=learning_rate,
         must_start_at_zero=step.after.step == 1,
+        judge=guard.judge,
     )
     if outcome.suspects:
         logger.warning("step %d: the loss is not finite in the packs of the pairs %s", step.after.step - 1, ", ".join(outcome.suspects))
@@ -283,12 +306,21 @@ def _numbers(step: PlannedStep, outcome: StepOutcome, learning_rate: float, prog
     }
 
 
+def _refusal(guard: Guard, progress: Progress, root: Path) -> str:
+    found = "; ".join(excess.message for excess in guard.found) or "a limit of [guard] was passed (rank 0 names it)"
+    return (
+        f"step {progress.step - 1}: {found}. Its update was not made (guard.on_excess=stop); the state is kept in {root}. Look at "
+        'metrics.jsonl. To go on from here: the same command with --set guard.on_excess="warn" or another limit; to mend it: a lower '
+        "optimizer.learning_rate or fewer epochs, and train anew."
+    )
+
+
 def _failure(skipped_in_row: int, progress: Progress, root: Path) -> str:
     return (
-        f"loss or gradients were not finite in {skipped_in_row} steps in a row (train.max_skipped_steps), the last being step "
-        f"{progress.step - 1}; none of them changed the weights. The log names their packs and pairs. The state is kept in {root}: "
-        "the same command goes on after these steps. If it fails again, lower optimizer.learning_rate, set optimizer.max_grad_norm, "
-        'or use train.precision = "fp32", and train anew.'
+        f"loss or gradients were not finite in {skipped_in_row} steps in a row (train.max_skipped_steps), or passed a limit of [guard]; "
+        f"the last is step {progress.step - 1}. None of them changed the weights. The log names their packs and pairs. The state is kept "
+        f"in {root}: the same command goes on after these steps. If it fails again, lower optimizer.learning_rate, set "
+        'optimizer.max_grad_norm, or use train.precision = "fp32", and train anew.'
     )
 
 
@@ -316,6 +348,7 @@ def _summary(context: StageContext) -> dict[str, Any]:
     return {
         "steps": len(lines),
         "skipped_steps": last["num_skipped"],
+        "warnings": _warnings(lines),
         "first_loss": first["loss"],
         "last_loss": last["loss"],
         "last_margin": last["margin"],
@@ -323,3 +356,12 @@ def _summary(context: StageContext) -> dict[str, Any]:
         "update_seconds": round(seconds, 3),
         "pairs_per_second": round(sum(line["num_pairs"] for line in lines) / seconds, 3),
     }
+
+
+def _warnings(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """What [guard] found and what was left out, for status and for the end of a run."""
+    passed = Counter(name for line in lines for name in line if name.startswith("guard."))
+    found = [f"{name} was passed in {count} of {len(lines)} steps, see metrics.jsonl" for name, count in sorted(passed.items())]
+    if skipped := int(lines[-1]["num_skipped"]):
+        found.append(f"{skipped} of {len(lines)} steps were skipped, see the log")
+    return found

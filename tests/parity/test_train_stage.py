@@ -166,13 +166,44 @@ def test_steps_that_fail_in_a_row_stop_the_run_and_keep_its_state(
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "build_trainer", build_broken)
-        with pytest.raises(ValueError, match=r"not finite in 2 steps in a row \(train\.max_skipped_steps\), the last being step 1"):
+        with pytest.raises(ValueError, match=r"not finite in 2 steps in a row \(train\.max_skipped_steps\), .*the last is step 1"):
             run_train(layout, config)
     assert "step 0 is skipped" in caplog.text
     assert "packs" in caplog.text
     assert [step["skipped"] for step in steps_of(layout)] == [1.0, 1.0]
     run_train(layout, config)  # without the fault it goes on after the two steps
     assert [step["skipped"] for step in steps_of(layout)[:3]] == [1.0, 1.0, 0.0]
+
+
+def test_a_limit_of_guard_stops_the_run_before_the_update_and_another_limit_lets_it_go_on(tmp_path: Path) -> None:
+    layout = make_run(tmp_path)
+    # The human answers of step 1 lose 0.06 nats by the update of step 0, which saw others.
+    strict = make_config(tmp_path, guard={"on_excess": "stop", "max_logp_drop": 0.01})
+    told = r"step 1: log p\(y\) of the human answers fell.*\(guard\.max_logp_drop=0\.01\).*not made.*--set guard\.on_excess"
+    with pytest.raises(ValueError, match=told):
+        run_train(layout, strict)
+    assert [(step["skipped"], step.get("guard.max_logp_drop")) for step in steps_of(layout)] == [(0.0, None), (1.0, 1.0)]
+    output = run_train(layout, make_config(tmp_path, guard={"max_logp_drop": 0.01}))
+    rows = steps_of(layout)
+    assert [step["skipped"] for step in rows] == [0.0, 1.0] + [0.0] * (len(rows) - 2)
+    num_passed = sum("guard.max_logp_drop" in step for step in rows)
+    assert 1 <= num_passed < len(rows)
+    assert output.summary["warnings"] == [
+        f"guard.max_logp_drop was passed in {num_passed} of {len(rows)} steps, see metrics.jsonl",
+        f"1 of {len(rows)} steps were skipped, see the log",
+    ]
+
+
+def test_skips_before_a_stop_count_with_those_after_it(tmp_path: Path) -> None:
+    layout = make_run(tmp_path)
+    refusing = {"on_excess": "skip", "max_margin": 1e-9, "max_logp_drop": 1e-9}
+    config = make_config(tmp_path, guard=refusing, train={"max_skipped_steps": 4})
+    # From step 1 on all are refused: any pair whose margin grew or whose human answer lost is too much.
+    assert run_train(layout, config, stop=lambda: layout.metrics(0).exists() and len(steps_of(layout)) == 3).stopped
+    assert [step["skipped"] for step in steps_of(layout)] == [0.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match=r"4 steps in a row \(train\.max_skipped_steps\).*the last is step 4\."):
+        run_train(layout, config)
+    assert [step["skipped"] for step in steps_of(layout)] == [0.0, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_the_final_weights_are_those_that_the_probe_was_scored_with(undisturbed: RunLayout) -> None:

@@ -14,7 +14,7 @@ from spin_megatron.mcore.model import Recompute, build_model, load_huggingface
 from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer, gather_weights
 from spin_megatron.mcore.reference import PackedPairs, score_pairs
 from spin_megatron.mcore.runtime import Runtime
-from spin_megatron.mcore.training import Objective, StepOutcome, train_step
+from spin_megatron.mcore.training import Judge, Objective, StepOutcome, train_step
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.records import Pack, ReferenceScore
 from tests.parity.tiny_models import make_pairs
@@ -70,7 +70,9 @@ def make_bench(
     return Bench(runtime, trainer, packed, {score.pair_id: score for score in scores[0]})
 
 
-def make_steps(bench: Bench, numbers: Sequence[int], *, objective: Objective | None = None) -> list[StepOutcome]:
+def make_steps(
+    bench: Bench, numbers: Sequence[int], *, objective: Objective | None = None, judge: Judge | None = None
+) -> list[StepOutcome]:
     """Updates number 0, 1, ..., each on the next PACKS_PER_STEP packs."""
     outcomes = []
     for number in numbers:
@@ -85,6 +87,7 @@ def make_steps(bench: Bench, numbers: Sequence[int], *, objective: Objective | N
             num_pairs=sum(len(pack.pair_ids) for pack in packs),
             learning_rate=LEARNING_RATE,
             must_start_at_zero=number == 0,
+            judge=judge,
         )
         outcomes.append(outcome)
     return outcomes
