@@ -54,7 +54,7 @@ quickstart: $(STAMP)
 	$(OFFLINE) $(BIN)/spin-megatron run examples/quickstart/quickstart.toml --run-dir $(QUICKSTART_RUN)
 
 test: $(STAMP)
-	$(ONE_THREAD) $(OFFLINE) timeout --kill-after=30 $(TEST_TIMEOUT) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(PYTEST_FLAGS)
+	$(ONE_THREAD) $(OFFLINE) timeout --kill-after=30 $(TEST_TIMEOUT) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 test-te:
 	@[ -f "$(CUDA_ENV)/activate" ] || { echo "CUDA_ENV=$(CUDA_ENV) is no environment; make one: tools/cuda_environment.sh DIR, then make test-te CUDA_ENV=DIR" >&2; exit 2; }

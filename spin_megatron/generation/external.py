@@ -66,10 +66,14 @@ class WorkerCommand:
         """The argument list.
 
         Raises:
-            ValueError: the script's path has spaces and there is a starter, whose shell would split it.
+            ValueError: the script's or the interpreter's path has spaces and there is a starter, whose shell would split it.
         """
-        if self.starter and len(str(self.script).split()) != 1:
-            raise ValueError(f"{self.script}: {self.starter[0]} splits paths at spaces; install spin_megatron in a folder without any.")
+        for path, cure in (
+            (str(self.script), "install spin_megatron in a folder without any"),
+            (self.environment.python, "give generate.environment.python a path without any, such as a link's"),
+        ):
+            if self.starter and len(path.split()) != 1:
+                raise ValueError(f"{path}: {self.starter[0]} splits paths at spaces; {cure}.")
         unset = [word for name in _UNSET for word in ("-u", name)]
         launcher = [word.replace("{ranks}", str(self.ranks)) for word in self.environment.launcher]
         words = [*launcher, *self.environment.prefix, *self.starter, self.environment.python, str(self.script)]

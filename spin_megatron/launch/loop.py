@@ -268,7 +268,9 @@ def _is_changeable(name: str) -> bool:
 def remember_changes(config: RunConfig, layout: RunLayout) -> None:
     """Keep the sections that may change as this `run` or `submit` has them: for its jobs and for `status`."""
     values, sections = config.model_dump(mode="json"), dict.fromkeys(name.partition(".")[0] for name in CHANGEABLE)
-    manifests.write_json(layout.changes_json, {section: values[section] for section in sections})
+    now = {section: values[section] for section in sections}
+    if not layout.changes_json.exists() or json.loads(layout.changes_json.read_text(encoding="utf-8")) != now:
+        manifests.write_json(layout.changes_json, now)
 
 
 def open_as_changed(run_dir: Path) -> tuple[RunConfig, RunLayout]:
