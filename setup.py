@@ -43,6 +43,7 @@ EXTRAS = {
     # triton: its interpreter runs the head's kernels on CPU tensors, its compiler checks them for Hopper without a GPU.
     "dev": [
         "mypy>=2.0",
+        "peft>=0.18",
         "pytest>=8.4",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",

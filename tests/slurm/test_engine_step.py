@@ -13,7 +13,7 @@ from spin_megatron.launch.slurm import check_resources
 from spin_megatron.pipeline import StageRef, folder_of
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
-from tests.doubles.installation import H100, Site
+from tests.doubles.installation import H100, Site, skip_where_paths_are_split
 from tests.slurm.cluster_run import REPOSITORY
 from tests.tiny_run import make_tiny_run, spin_megatron
 from tools.local_slurm.cluster import Cluster
@@ -40,6 +40,7 @@ def run_job(layout: RunLayout, ref: StageRef, variables: dict[str, str]) -> str:
 
 
 def test_two_ranks_build_and_answer_in_steps_of_a_job_with_one_task(cluster: Cluster, tmp_path: Path) -> None:
+    skip_where_paths_are_split()
     site, started = Site(tmp_path / "site"), tmp_path / "started"
     site.gpus(H100, H100)
     site.program("trtllm-llmapi-launch", LAUNCH)

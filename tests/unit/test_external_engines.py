@@ -20,13 +20,13 @@ import pytest
 import torch
 
 from spin_megatron.config import RunConfig
-from spin_megatron.generation import external, trtllm
+from spin_megatron.generation import external
 from spin_megatron.generation.engine import EngineSpec, Environment, Prompt, Sampling, provider
 from spin_megatron.generation.external import WorkerCommand, normalised
 from spin_megatron.launch.loop import examine_engine
 from spin_megatron.run.records import GeneratedRow, PromptRow, write_rows
 from spin_megatron.run.seeds import row_seed
-from tests.doubles.installation import H100, Site
+from tests.doubles.installation import H100, Site, skip_where_paths_are_split
 from tests.doubles.toy_model import answer, weights_mark
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from tests.unit.tiny_models import TINY, write_model
@@ -263,14 +263,9 @@ def test_a_dtype_the_engine_is_not_built_in_is_refused(model: Path, site: Site, 
         provider("trtllm-engine").build(replace(make_spec(model, site), dtype="float32"), tmp_path / "engine")
 
 
-def test_several_gpus_start_as_ranks_of_the_launcher_tied_together(
-    model: Path, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if len(sys.executable.split()) != 1:
-        pytest.skip(f"the launcher splits this environment's own Python at the spaces of its path: {sys.executable}")
+def test_several_gpus_start_as_ranks_of_the_launcher_tied_together(model: Path, site: Site, tmp_path: Path) -> None:
+    skip_where_paths_are_split()
     site.gpus(H100, H100)
-    script = Path(shutil.copy(trtllm._SCRIPT, tmp_path))  # this project itself may lie under a path with spaces
-    monkeypatch.setattr(trtllm, "_SCRIPT", script)
     # As srun would: so many processes, of which the first is rank 0; as trtllm-llmapi-launch: split at spaces, deaf to failures.
     site.program("launcher", 'echo "$@" >> ' + str(tmp_path / "started") + '; shift; exec "$@"')
     site.program("trtllm-llmapi-launch", "TLLM_SPAWN_PROXY_PROCESS=1 $*; code=$?; [ $code -eq 0 ] || sleep 600")
