@@ -41,6 +41,7 @@ LAYOUTS = {
     "pp": (ParallelLayout(pipeline=2, data=2), True, DENSE),
     "pp, virtual stages": (ParallelLayout(pipeline=2, data=2, virtual_pipeline=2), False, DENSE),
     "tp, sequence parallel and pp": (ParallelLayout(tensor=2, pipeline=2, sequence=True), False, DENSE),
+    "cp": (ParallelLayout(data=2, context=2), True, ("llama2",)),
     "ep": (ParallelLayout(tensor=2, data=2, expert=2, sequence=True), True, ("mixtral",)),
 }
 
