@@ -216,7 +216,8 @@ def _update_phase(job: _Job, trainer: Trainer, references: dict[str, ReferenceSc
             if writer is not None:
                 seconds = time.perf_counter() - started
                 numbers = _numbers(step, outcome, learning_rate, progress, seconds)
-                writer.write(progress.step - 1, numbers | {f"guard.{excess.limit}": 1.0 for excess in guard.found})
+                passed = guard.found if math.isfinite(outcome.grad_norm) else ()  # only finite steps are judged
+                writer.write(progress.step - 1, numbers | {f"guard.{excess.limit}": 1.0 for excess in passed})
             advance(1, note=f"loss {outcome.metrics['loss']:.4f} margin {outcome.metrics['margin']:+.3f}")
             is_refused = not outcome.is_applied and math.isfinite(outcome.grad_norm) and context.config.guard.on_excess == "stop"
             has_failed, has_stopped = is_refused or skipped_in_row >= settings.max_skipped_steps, job.stop_requested()

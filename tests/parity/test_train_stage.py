@@ -194,6 +194,23 @@ def test_a_limit_of_guard_stops_the_run_before_the_update_and_another_limit_lets
     ]
 
 
+def test_a_step_that_is_not_finite_is_not_told_to_have_passed_the_limit_of_the_step_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = make_run(tmp_path)
+    build = train.build_trainer
+
+    def build_broken_once(*args: Any, **options: Any) -> Any:
+        trainer = build(*args, **options)
+        weight = trainer.chunks[0].module.decoder.final_layernorm.weight
+        weight.register_hook(lambda gradient: gradient * math.nan if len(steps_of(layout)) == 2 else gradient)
+        return trainer
+
+    monkeypatch.setattr(train, "build_trainer", build_broken_once)
+    run_train(layout, make_config(tmp_path, guard={"max_logp_drop": 0.01}))
+    assert [(step["skipped"], "guard.max_logp_drop" in step) for step in steps_of(layout)[:3]] == [(0.0, False), (0.0, True), (1.0, False)]
+
+
 def test_skips_before_a_stop_count_with_those_after_it(tmp_path: Path) -> None:
     layout = make_run(tmp_path)
     refusing = {"on_excess": "skip", "max_margin": 1e-9, "max_logp_drop": 1e-9}
