@@ -139,6 +139,9 @@ class OptimizerSection(Section):
     rmsprop_alpha: float = Field(0.99, gt=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float | None = Field(None, gt=0, description="absent: no clipping, as in the paper's 7B runs")
+    offload_fraction: float = Field(
+        0.0, ge=0, le=1, description="share of the main weights and moments that lie in the host's memory and are updated by its cores"
+    )
 
 
 class TrainSection(Section):
@@ -368,6 +371,25 @@ class RunConfig(Section):
                     f"train.stop_epoch={scalars.stop_epoch} is beyond train.schedule_epochs={scalars.schedule_epochs} "
                     f"in iteration {iteration}; lower stop_epoch or drop it."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        fraction = self.optimizer.offload_fraction
+        cures = (
+            (
+                self.train.dtype == "float32",
+                f'train.precision="{self.train.precision}": what the host would hold are fp32 copies of bf16 weights; use "bf16"',
+            ),
+            (
+                not self.train.distributed_optimizer,
+                "train.distributed_optimizer=false: Megatron Core offloads the distributed optimizer's shards; use true",
+            ),
+            (self.lora.rank > 0, f"lora.rank={self.lora.rank}: the state of adapters is too small to gain by it; use 0"),
+        )
+        for is_refused, cure in cures:
+            if fraction and is_refused:
+                raise ValueError(f"optimizer.offload_fraction={fraction:g} with {cure}.")
         return self
 
     @classmethod

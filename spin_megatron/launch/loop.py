@@ -95,15 +95,24 @@ def check_config(config: RunConfig) -> None:
 
 
 def _check_device(config: RunConfig) -> None:
-    """FP8 needs its tensor cores: of the cluster's GPU where one is named, else of this machine's. Imports torch for FP8 alone."""
-    precision = config.train.precision
-    if PRECISIONS[precision].fp8_recipe is None:
+    """What needs a GPU: of the cluster where one is named, else of this machine. Imports torch for a config that needs one.
+
+    Raises:
+        ValueError: FP8 without its tensor cores, or an optimizer that is to be offloaded from no GPU.
+    """
+    precision, fraction = config.train.precision, config.optimizer.offload_fraction
+    if PRECISIONS[precision].fp8_recipe is None and not fraction:
         return
     if config.slurm.gpu is not None:
         check_capability(precision, find_gpu(config.slurm.gpu).capability, where=f"slurm.gpu={config.slurm.gpu}")
         return
     device, _ = importlib.import_module("spin_megatron.report.doctor").examine_device()
     check_capability(precision, device and device.capability, where="this machine")
+    if fraction and (device is None or not device.names):
+        raise ValueError(
+            f"optimizer.offload_fraction={fraction:g}: this machine has no GPU, and on a CPU the optimizer is in the host's memory as it "
+            "is; use 0, or for a cluster name its GPU in slurm.gpu."
+        )
 
 
 def _check_addresses(config: RunConfig) -> None:

@@ -4,7 +4,8 @@ The wrapper keeps gradients in fp32 buffers whatever the weights' type. Megatron
 parameters for bf16 weights and, with the distributed optimizer, only this rank's share of them. Which rule updates those
 main parameters is the inner `torch.optim.Optimizer`. Megatron Core's factory knows adam and sgd, and its
 DistributedOptimizer insists on Adam when it is built; it reads nothing of it but the parameter groups, so RMSProp takes
-the finished optimizer's groups over. Adam's own state is allocated by its first step, which never comes.
+the finished optimizer's groups over. Adam's own state is allocated by its first step, which never comes. A share of all that can
+lie in the host's memory (mcore/offload.py).
 """
 
 import logging
@@ -22,6 +23,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import nn
 
 from spin_megatron.mcore.fused import add_to_main_gradients, update_kernels
+from spin_megatron.mcore.offload import ask_for_offload, inner_optimizers, over_shards, require_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class UpdateRule:
     weight_decay: of matrices; biases and norm weights are not decayed.
     max_grad_norm: global L2 norm to clip to; None: no clipping.
     is_distributed: each data-parallel rank holds and updates only its share of the optimizer's state.
+    offload_fraction: share of the state that lies in the host's memory and is updated there; needs bf16 weights and is_distributed.
     """
 
     name: OptimizerName
@@ -46,11 +49,18 @@ class UpdateRule:
     epsilon: float = 1e-8
     max_grad_norm: float | None = None
     is_distributed: bool = False
+    offload_fraction: float = 0.0
 
     @property
     def state_names(self) -> tuple[str, ...]:
         """The per-parameter tensors the rule keeps, by torch's names."""
         return ("exp_avg", "exp_avg_sq") if self.name == "adamw" else ("square_avg",)
+
+    def rmsprop_settings(self) -> dict[str, Any] | None:
+        """Arguments of torch's RMSprop; None for AdamW."""
+        # One parameter at a time: on CUDA torch would take all at once, with a square root of every state beside it, 4 bytes a parameter.
+        settings = {"lr": 0.0, "alpha": self.rmsprop_alpha, "eps": self.epsilon, "foreach": False}
+        return settings if self.name == "rmsprop" else None
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,7 @@ class UpdateOutcome:
     is_applied: bool
 
 
-def build_trainer(
-    chunks: Sequence[nn.Module], rule: UpdateRule, *, overlap: bool = False, bucket_elements: int | None = None
-) -> Trainer:
+def build_trainer(chunks: Sequence[nn.Module], rule: UpdateRule, *, overlap: bool = False, bucket_elements: int | None = None) -> Trainer:
     """Wrap the model's chunks for training and build the optimizer over their parameters.
 
     The weights must be loaded: fp32 main parameters are copied from them here. Collective over all ranks.
@@ -83,6 +91,7 @@ def build_trainer(
             optimizer, gather the new weights while the next forward goes on: read them only after `gather_weights`.
         bucket_elements: what is reduced at a time with overlap; None: Megatron Core's choice, 40 million and more.
     """
+    require_gpu(chunks[0], rule.offload_fraction)
     for chunk in chunks:
         _mark_tensor_parallel(chunk)
     wrapped = [_wrap(chunk, index, rule, overlap=overlap, bucket_elements=bucket_elements) for index, chunk in enumerate(chunks)]
@@ -109,23 +118,44 @@ def build_trainer(
         use_distributed_optimizer=rule.is_distributed,
         clip_grad=rule.max_grad_norm or 0.0,
     )
+    if rule.offload_fraction:
+        ask_for_offload(settings)
     with torch.no_grad():  # the distributed optimizer's shards are views of fp32 weights; with a graph they would be no leaves
         optimizer = get_megatron_optimizer(settings, wrapped, use_gloo_process_groups=False)
     for part in parts(optimizer):
-        if rule.name == "rmsprop" and part.optimizer is not None:
-            part.optimizer = _rmsprop_over(part.optimizer, rule)
+        if part.optimizer is not None:
+            part.optimizer = _follow(part.optimizer, rule)
         for group in part.param_groups:
             # Megatron Core's scheduler would do this each step; ours only sets the learning rate.
             group["weight_decay"] = rule.weight_decay * group["wd_mult"]
     for chunk in wrapped:
         add_to_main_gradients(chunk)
-    kernels = {update_kernels(part.optimizer) for part in parts(optimizer) if part.optimizer is not None}
-    if dist.get_rank() == 0:
-        for used in kernels:
-            logger.info("optimizer: %s (%s)", used.maker, used.reason)
+    _log_kernels(optimizer, rule)
     trainer = Trainer(wrapped, optimizer, rule)
     gather_weights(trainer)  # so that no forward pass before the first update begins a gather
     return trainer
+
+
+def _follow(made: torch.optim.Optimizer, rule: UpdateRule) -> Any:
+    """The optimizer that the factory made, or torch's RMSprop over the same groups with Megatron Core's marks on them."""
+    settings = rule.rmsprop_settings()
+    if rule.offload_fraction:
+        return over_shards(made, rule.offload_fraction, settings)
+    if settings is None:
+        return made
+    groups = [{name: value for name, value in group.items() if name not in made.defaults} for group in made.param_groups]
+    return torch.optim.RMSprop(groups, **settings)
+
+
+def _log_kernels(optimizer: MegatronOptimizer, rule: UpdateRule) -> None:
+    if dist.get_rank() != 0:
+        return
+    made = [part.optimizer for part in parts(optimizer) if part.optimizer is not None]
+    for used in {update_kernels(inner) for whole in made for inner in inner_optimizers(whole)}:
+        logger.info("optimizer: %s (%s)", used.maker, used.reason)
+    if rule.offload_fraction:
+        share, threads = f"{rule.offload_fraction:.0%}", torch.get_num_threads()
+        logger.info("optimizer: %s of its state is in the host's memory, updated by %d threads a rank", share, threads)
 
 
 def overlaps(setting: Literal["auto", "on", "off"], device: torch.device) -> bool:
@@ -156,13 +186,6 @@ def _wrap(chunk: nn.Module, index: int, rule: UpdateRule, *, overlap: bool, buck
         check_for_nan_in_grad=False,
     )
     return DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
-
-
-def _rmsprop_over(adam: torch.optim.Optimizer, rule: UpdateRule) -> torch.optim.RMSprop:
-    """Torch's RMSprop over another optimizer's parameter groups, in their order, with Megatron Core's marks on them."""
-    groups = [{name: value for name, value in group.items() if name not in adam.defaults} for group in adam.param_groups]
-    # One parameter at a time: on CUDA torch would take all at once, with a square root of every state beside it, 4 bytes a parameter.
-    return torch.optim.RMSprop(groups, lr=0.0, alpha=rule.rmsprop_alpha, eps=rule.epsilon, foreach=False)
 
 
 def parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
@@ -204,6 +227,7 @@ def apply_gradients(trainer: Trainer, *, learning_rate: float, is_allowed: Calla
         for part in parts(optimizer):
             parameters = part.get_parameters()
             if parameters:
-                clip_grad_by_total_norm_fp32(parameters, trainer.rule.max_grad_norm, grad_norm)
+                is_decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(parameters, trainer.rule.max_grad_norm, grad_norm, is_decoupled)
     optimizer.step_with_ready_grads()
     return UpdateOutcome(grad_norm, is_applied=True)

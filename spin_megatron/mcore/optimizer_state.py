@@ -3,7 +3,8 @@
 Each state tensor of a parameter (and the fp32 main copy of a bf16 parameter) is saved like the parameter itself, under
 `optimizer.state.<name>.<parameter's key>`. With the distributed optimizer the data-parallel ranks hold slices of the
 flattened parameter, cut without regard to its shape; they are put together on the group's first rank to save, and cut
-again after loading. So a checkpoint loads with the distributed optimizer on or off, and at any TP, PP and DP.
+again after loading. So a checkpoint loads with the distributed optimizer on or off, with its state in the host's memory or on the
+GPU, and at any TP, PP and DP.
 
 Megatron Core's own DistributedOptimizer.sharded_state_dict is not used: where torch's optimizers stand in for Transformer
 Engine's (0.16.1, 0.19.2) its load fails on their "step" tensor, `state_dict` wants a step that was made, all parameters
@@ -24,6 +25,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import nn
 
+from spin_megatron.mcore.offload import holders
 from spin_megatron.mcore.optimizer import Trainer, parts
 
 _MAIN = "fp32_param"
@@ -66,15 +68,16 @@ def slots(optimizer: MegatronOptimizer) -> Iterator[Slot]:
 
 
 def _distributed_slots(part: Any) -> Iterator[Slot]:
+    held = holders(part.optimizer)
     for buffer in part.buffers:
         for parameter in buffer.param_index_map:
             if parameter not in part.model_param_group_index_map:
                 yield Slot(parameter, None, 0, part.optimizer, part.data_parallel_group)
                 continue
             group_index, index = part.model_param_group_index_map[parameter]
-            main = part.optimizer.param_groups[group_index]["params"][index]
+            main, inner = held[part.optimizer.param_groups[group_index]["params"][index]]
             owned = part._get_model_param_range_map(parameter)["param"]  # noqa: SLF001 (no public name in 0.16 to 0.19)
-            yield Slot(parameter, main, owned.start, part.optimizer, part.data_parallel_group)
+            yield Slot(parameter, main, owned.start, inner, part.data_parallel_group)
 
 
 def sharded_state_to_save(trainer: Trainer, sharded_weights: Sequence[dict[str, Any]], *, num_updates: int) -> dict[str, Any]:

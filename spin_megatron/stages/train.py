@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 NUM_PROBE_PAIRS = 4
 # Settings that decide how the work is done, not what comes out.
-_OPERATIONAL = ("save_every_steps", "keep_checkpoints", "recompute", "distributed_optimizer", "max_skipped_steps")
+_OPERATIONAL = ("save_every_steps", "keep_checkpoints", "recompute", "distributed_optimizer", "max_skipped_steps", "offload_fraction")
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,9 @@ def _train(job: _Job) -> bool:
         rmsprop_alpha=config.optimizer.rmsprop_alpha,
         epsilon=config.optimizer.epsilon,
         max_grad_norm=config.optimizer.max_grad_norm,
-        # On one copy of the model there is nothing to distribute.
-        is_distributed=config.train.distributed_optimizer and has_copies,
+        # On one copy of the model there is nothing to distribute; offload takes its shards all the same.
+        is_distributed=config.train.distributed_optimizer and (has_copies or config.optimizer.offload_fraction > 0),
+        offload_fraction=config.optimizer.offload_fraction,
     )
     trainer = build_trainer(chunks, rule, overlap=has_copies and overlaps(config.parallel.overlap, runtime.device))
     # After the trainer: the distributed optimizer moves the weights into a buffer of its own, and the GPU's matrix library chooses

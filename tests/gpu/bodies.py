@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from spin_megatron.data.batches import PackBatch, make_batch
 from spin_megatron.mcore.model import SpinModel, build_model, load_huggingface
 from spin_megatron.mcore.optimizer import UpdateRule, build_trainer
+from spin_megatron.mcore.optimizer_state import slots
 from spin_megatron.mcore.precision import Fp8
 from spin_megatron.mcore.runtime import DeviceKind, Runtime, running
 from spin_megatron.mcore.steps import score_packs
@@ -32,6 +33,7 @@ from spin_megatron.stages import train
 from spin_megatron.stages.context import StageContext
 from tests.parity.tiny_models import make_pairs
 from tests.parity.train_run import make_config
+from tests.parity.updates import make_bench, make_steps, numbers_of
 
 PACK_TOKENS = 512  # whole blocks of every FP8 recipe
 # Sizes that FP8 multiplies: multiples of 128.
@@ -116,6 +118,37 @@ def train_from_zero(folder: Path, device: DeviceKind, precision: PrecisionName, 
                 if parameter.dim() > 1:
                     parameter.mul_(0.25)
         return update(chunks, packs, runtime, num_steps=3)
+
+
+@dataclass(frozen=True)
+class Updates:
+    """Loss and gradient norm of each step, and the main weights and how many of their elements lie in the host's memory."""
+
+    numbers: list[tuple[float, float]]
+    mains: list[torch.Tensor]
+    num_in_host: int
+
+    @property
+    def num_elements(self) -> int:
+        return sum(main.numel() for main in self.mains)
+
+    @property
+    def largest(self) -> int:
+        return max(main.numel() for main in self.mains)
+
+
+def updates_of(folder: Path, device: DeviceKind, rule: UpdateRule, is_in_host: Callable[[torch.Tensor], bool]) -> Updates:
+    """Three bf16 updates of a tiny model; every parameter's state must lie where its main weights do."""
+    with running(ParallelLayout(), device=device, seed=1) as runtime:
+        bench = make_bench(folder, rule, runtime, dtype=torch.bfloat16)
+        numbers = numbers_of(make_steps(bench, range(3)))
+        held = list(slots(bench.trainer.optimizer))
+    for slot in held:
+        state = [slot.inner.state[slot.main][name] for name in rule.state_names]
+        assert [is_in_host(tensor) for tensor in state] == [is_in_host(slot.main)] * len(state)
+    mains = [slot.main for slot in held]
+    in_host = sum(main.numel() for main in mains if is_in_host(main))
+    return Updates(numbers, mains, in_host)
 
 
 def rms_nats(found: dict[str, ReferenceScore], expected: dict[str, ReferenceScore]) -> float:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from spin_megatron.mcore.layers import choose_layer_spec
+from spin_megatron.mcore.optimizer import OptimizerName, UpdateRule
 from spin_megatron.mcore.precision import Fp8, require_fp8
 from spin_megatron.plan.hardware import find_gpu
 from spin_megatron.plan.precision import PrecisionName
@@ -77,6 +78,19 @@ def test_log_probs_agree_with_the_cpu(precision: PrecisionName, folders: dict[st
     record_property("rms_nats_per_token_of_bf16_on_the_cpu", rounding)
     # bf16 rounds alike on both; E4M3 keeps 3 bits of mantissa where bf16 keeps 7, so it is 16 times coarser.
     assert found < 3 * rounding * (1 if precision == "bf16" else 16)
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_the_same_updates_are_made_with_the_optimizer_in_the_host_s_memory(name: OptimizerName, folders: dict[str, Path]) -> None:
+    found = {}
+    for fraction in (0.0, 0.4, 1.0):
+        rule = UpdateRule(name, weight_decay=0.1, max_grad_norm=1.0, is_distributed=True, offload_fraction=fraction)
+        found[fraction] = bodies.updates_of(folders["llama3"], "cuda", rule, lambda main: main.device.type == "cpu")
+    assert [found[fraction].num_in_host for fraction in (0.0, 1.0)] == [0, found[1.0].num_elements]
+    assert 0.4 * found[0.4].num_elements <= found[0.4].num_in_host < 0.4 * found[0.4].num_elements + found[0.4].largest
+    for fraction in (0.4, 1.0):
+        # Other kernels: a main weight that differs in its last bit can round to the next bf16.
+        torch.testing.assert_close(torch.tensor(found[fraction].numbers), torch.tensor(found[0.0].numbers), rtol=1e-2, atol=0.0)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8-blockwise"])
