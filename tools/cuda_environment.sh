@@ -40,11 +40,13 @@ if ! has_wheel "transformer_engine_torch-$engine"; then
     # 90;100 as torch writes it: 9.0;10.0
     torch_archs=$(sed -E 's/([0-9]+)([0-9])/\1.\2/g' <<<"$archs")
     echo "compiling Transformer Engine $engine for torch $torch and CUDA architectures $archs"
-    CUDA_HOME=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")}
+    # nvcc itself says where its toolkit is: what is called so on PATH may be a wrapper that lies elsewhere.
+    CUDA_HOME=${CUDA_HOME:-$(realpath "$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')")}
     export CUDA_HOME MAX_JOBS=${MAX_JOBS:-2} NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_CUDA_ARCHS=$archs
     export TORCH_CUDA_ARCH_LIST=$torch_archs PATH=$folder/venv/bin:$PATH
     export CPATH=$libraries/cu13/include:$libraries/nccl/include:$libraries/cudnn/include LIBRARY_PATH=$libraries/cu13/lib:$libraries/nccl/lib
-    "${pip[@]}" wheel -q --no-deps --no-build-isolation --no-binary=transformer-engine-torch -w "$folder/wheels" transformer-engine-torch==$engine
+    # Without pip's cache, where a wheel for other architectures or another torch may lie under the same name.
+    "${pip[@]}" wheel -q --no-cache-dir --no-deps --no-build-isolation --no-binary=transformer-engine-torch -w "$folder/wheels" transformer-engine-torch==$engine
 fi
 "${pip[@]}" install -q --no-deps "$folder"/wheels/transformer_engine_torch-$engine-*.whl
 "${pip[@]}" install -q -c "$folder/constraints.txt" -e "${repository}[dev]"
