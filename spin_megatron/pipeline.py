@@ -21,13 +21,15 @@ from spin_megatron.config import PER_ITERATION, RunConfig, StageName, StopSectio
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held, is_held
-from spin_megatron.run.manifest import Manifest, StageIncomplete, StaleStage
+from spin_megatron.run.manifest import Manifest, OutputFile, StageIncomplete, StaleStage
+from spin_megatron.run.telemetry import progress_bar
 
 State = Literal["done", "stale", "ready", "waiting"]
 
 # Ten missed touches of a lock (run/lock.py): a file server may be slow for a while.
 LOCK_STALE_SECONDS = 60.0
 MANIFEST_POLL_SECONDS = 0.2
+DIGEST_BAR_MEBIBYTES = 2048  # less is a matter of seconds
 SOURCE_INPUT = "data.source (content)"
 
 
@@ -253,13 +255,18 @@ def inputs_of(config: RunConfig, layout: RunLayout, ref: StageRef) -> dict[str, 
 def _source_digest(config: RunConfig, layout: RunLayout) -> dict[str, str]:
     """What a local data.source holds: an edited file is another data set. A pinned revision says it for one of the hub.
 
-    A source that is gone after prepare is done is no longer needed; what was read of it stands in the manifest.
+    Once prepare is done its manifest says it: for a source that is gone, which is no longer needed, and for one whose files have the
+    sizes and times that prepare found, which are not read again.
     """
+    source, manifest = Path(config.data.source), manifests.read_manifest(layout.data)
+    if manifest is not None and (not source.exists() or manifest.stamps == _stamps(config)):
+        return {name: digest for name, digest in manifest.inputs.items() if name == SOURCE_INPUT}
+    return {SOURCE_INPUT: manifests.digest_tree(source)} if source.exists() else {}
+
+
+def _stamps(config: RunConfig) -> dict[str, str]:
     source = Path(config.data.source)
-    if source.exists():
-        return {SOURCE_INPUT: manifests.digest_tree(source)}
-    manifest = manifests.read_manifest(layout.data)
-    return {} if manifest is None else {name: digest for name, digest in manifest.inputs.items() if name == SOURCE_INPUT}
+    return {SOURCE_INPUT: manifests.stamp_tree(source)} if source.exists() else {}
 
 
 def state_of(config: RunConfig, layout: RunLayout, ref: StageRef) -> State:
@@ -320,6 +327,8 @@ def execute(
     if manifest is not None:
         require_current(config, layout, ref, manifest)
         return True
+    # The stamps first: files that change from here on are read again.
+    stamps = _stamps(config) if ref.name == "prepare" else {}
     settings, inputs = settings_of(config, ref), inputs_of(config, layout, ref)
     # Imported here: stages need torch, this module must not.
     from spin_megatron.stages.context import StageContext
@@ -350,7 +359,8 @@ def execute(
             key=manifests.stage_key(ref.name, settings, inputs),
             settings=settings,
             inputs=inputs,
-            outputs=tuple(manifests.output_file(folder, path, num_rows) for path, num_rows in output.files.items()),
+            outputs=_described(ref, folder, output.files),
+            stamps=stamps,
             summary=dict(output.summary),
             versions=manifests.installed_versions(),
             git=manifests.git_revision(),
@@ -360,6 +370,13 @@ def execute(
         )
         manifests.write_manifest(folder, manifest)
     return True
+
+
+def _described(ref: StageRef, folder: Path, files: Mapping[Path, int | None]) -> tuple[OutputFile, ...]:
+    """A stage's files with their digests; a large model is long in reading, so it has a bar."""
+    mebibytes = sum(-(-path.stat().st_size // manifests.MEBIBYTE) for path in files)
+    with progress_bar(f"{ref}: digests (MiB)", mebibytes, show=mebibytes >= DIGEST_BAR_MEBIBYTES) as advance:
+        return tuple(manifests.output_file(folder, path, num_rows, advance) for path, num_rows in files.items())
 
 
 def redo(config: RunConfig, layout: RunLayout, chosen: StageRef) -> list[StageRef]:

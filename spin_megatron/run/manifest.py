@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ from typing import Any
 
 SCHEMA = 1
 MANIFEST_NAME = "MANIFEST.json"
+MEBIBYTE = 1 << 20
 _RECORDED_PACKAGES = (
     "spin-megatron",
     "torch",
@@ -59,6 +60,7 @@ class Manifest:
     key: digest over `settings` and `inputs`; two runs with equal keys give equal outputs.
     settings: the config values that decide the result, flat: {"objective.beta": 0.1, ...}.
     inputs: name -> key or content digest of what was read.
+    stamps: name of such an input -> `stamp_tree` of the files it stood in, so that they need not be read to know that they are the same.
     summary: numbers for people (rows, rates, losses); never part of the key.
     """
 
@@ -69,6 +71,7 @@ class Manifest:
     settings: dict[str, Any]
     inputs: dict[str, str]
     outputs: tuple[OutputFile, ...]
+    stamps: dict[str, str] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     git: str | None = None
@@ -130,18 +133,35 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
 
 
-def digest_file(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
+def digest_file(path: Path, tell: Callable[[], object] = lambda: None) -> str:
+    """sha256 of a file's bytes, hex; `tell` is called for each of its mebibytes, the last of which may be a part of one."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(MEBIBYTE))
     with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        while num_bytes := handle.readinto(piece):
+            digest.update(piece[:num_bytes])
+            tell()
+    return digest.hexdigest()
 
 
 def digest_tree(path: Path) -> str:
     """Digest of a file's content, or of a folder's file names and contents; hidden files do not count."""
     if path.is_file():
-        return _digest_unchanged_file(path, path.stat().st_size, path.stat().st_mtime_ns)
-    names = [name for name in sorted(path.rglob("*")) if name.is_file() and not name.name.startswith(".")]
-    return digest_values([(str(name.relative_to(path)), digest_tree(name)) for name in names])
+        return _digest_unchanged_file(path, *_size_and_time(path))
+    return digest_values([(str(file.relative_to(path)), digest_tree(file)) for file in _files_of(path)])
+
+
+def stamp_tree(path: Path) -> str:
+    """Digest of the names, sizes and times of change of the files that `digest_tree` reads: it reads none of them."""
+    return digest_values([(str(file.relative_to(path)), *_size_and_time(file)) for file in ([path] if path.is_file() else _files_of(path))])
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=4096)
@@ -161,9 +181,9 @@ def stage_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
     return digest_values({"stage": stage, "schema": SCHEMA, "settings": dict(settings), "inputs": dict(inputs)})
 
 
-def output_file(root: Path, path: Path, num_rows: int | None = None) -> OutputFile:
-    """Describe a finished file below `root` for the manifest."""
-    return OutputFile(str(path.relative_to(root)), path.stat().st_size, digest_file(path), num_rows)
+def output_file(root: Path, path: Path, num_rows: int | None = None, tell: Callable[[], object] = lambda: None) -> OutputFile:
+    """Describe a finished file below `root` for the manifest; `tell` as in `digest_file`."""
+    return OutputFile(str(path.relative_to(root)), path.stat().st_size, digest_file(path, tell), num_rows)
 
 
 def installed_versions() -> dict[str, str]:

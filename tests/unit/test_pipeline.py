@@ -1,15 +1,21 @@
 """The stage line: order, keys, and the skip / stale / run decision."""
 
 import json
+import os
 import re
+import shutil
 import sys
 import time
 import types
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from spin_megatron import pipeline
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
 from spin_megatron.pipeline import (
@@ -27,6 +33,7 @@ from spin_megatron.pipeline import (
     settings_of,
     state_of,
 )
+from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held
 from spin_megatron.run.manifest import Manifest, StageIncomplete, StaleStage, read_manifest, write_manifest, write_text
@@ -205,6 +212,44 @@ def test_an_edited_data_file_makes_prepare_stale(
     with pytest.raises(StaleStage, match=r"prepare 0 was finished with other .*\n  input data\.source \(content\): '\w+' -> '\w+'"):
         do(config, layout, StageRef("prepare"))
     assert state_of(config, layout, StageRef("prepare")) == "stale"
+
+
+def test_a_data_set_that_was_not_touched_is_not_read_again(
+    with_local_data: tuple[RunConfig, Path], layout: RunLayout, stage_runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, source = with_local_data
+    do_all(config, layout)
+    read: list[Path] = []
+    monkeypatch.setattr(manifests, "digest_tree", lambda path: read.append(path) or "read again")
+    assert {state_of(config, layout, ref) for ref in line(config)} == {"done"}
+    assert read == []
+    os.utime(source)
+    assert state_of(config, layout, StageRef("prepare")) == "stale"
+    assert read == [source.parent]
+
+
+def test_a_large_model_s_digests_are_counted_on_a_bar(
+    config: RunConfig, layout: RunLayout, stage_runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[list[Any]] = []
+
+    @contextmanager
+    def bar(description: str, total: int, *, show: bool) -> Iterator[Callable[[], None]]:
+        bars.append([description, total, show, 0])
+
+        def advance() -> None:
+            bars[-1][3] += 1
+
+        yield advance
+
+    monkeypatch.setattr(pipeline, "progress_bar", bar)
+    monkeypatch.setattr(manifests, "MEBIBYTE", 4)
+    monkeypatch.setattr(pipeline, "DIGEST_BAR_MEBIBYTES", 4)
+    for text in ("", "a model of many bytes"):  # "export 0 " is 9 bytes, pieces of 4, 4 and 1; with the text 30, 8 of them
+        runs_current["content"]["text"] = text
+        do(config, layout, StageRef("export", 0))
+        shutil.rmtree(layout.theta(0))
+    assert bars == [["export 0: digests (MiB)", 3, False, 3], ["export 0: digests (MiB)", 8, True, 8]]
 
 
 def test_a_data_source_that_is_gone_after_prepare_is_missed_by_nobody(
