@@ -1,6 +1,7 @@
 """Drawing tokens: filters by hand, the CDF inverted at chosen uniforms, Philox against its own paper."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -94,15 +95,14 @@ def test_top_p_after_top_k_measures_the_mass_among_what_top_k_kept() -> None:
     assert draw_tokens(LOGITS[None], uniforms[:1], sampling(top_p=0.75)).tolist() == [1]
 
 
-def test_a_nucleus_wider_than_the_candidates_is_found_by_the_full_sort() -> None:
+def test_a_nucleus_may_be_as_wide_as_the_vocabulary() -> None:
     # 3000 equal tokens: the nucleus of 0.5 reaches 1500 tokens by mass, and ties keep them all.
     flat = torch.full((1, 3000), 1 / 3000, dtype=torch.float64)
     assert int((keep_top_p(flat, 0.5) > 0).sum()) == 3000
-    # Falling probabilities without ties: 2^-i tails aside, exactly the head of the needed length stays.
+    # Falling probabilities without ties: exactly the head of the needed length stays.
     weights = torch.linspace(2, 1, 3000, dtype=torch.float64)
     probabilities = (weights / weights.sum())[None]
     needed = int((probabilities[0].cumsum(0) < 0.9).sum()) + 1
-    assert needed > 1024
     assert keep_top_p(probabilities, 0.9)[0].nonzero()[:, 0].tolist() == list(range(needed))
 
 
@@ -163,10 +163,49 @@ def test_a_row_s_draw_does_not_depend_on_the_rows_beside_it(settings: tuple[floa
     assert all(torch.equal(probabilities[row], torch.softmax(logits[row : row + 1], -1, dtype=torch.float64)[0]) for row in range(13))
 
 
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# The vocabularies of SmolLM2 and GPT-2; the second is prime.
+@pytest.mark.parametrize("vocab_size", [49152, 50257])
+@pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (0.8, 500, 0.9), (1.3, 0, 0.95)])
+def test_draws_are_those_of_float64_with_any_number_of_threads(
+    settings: tuple[float, int, float], vocab_size: int, restored_threads: None
+) -> None:
+    temperature, top_k, top_p = settings
+    generator = torch.Generator().manual_seed(4)
+    logits = 3 * torch.randn(24, vocab_size, generator=generator)
+    uniforms = torch.rand(24, generator=generator, dtype=torch.float64)
+    found = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        found.append(draw_tokens(logits, uniforms, sampling(*settings)))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    # The same in float64 and straight: sort, filter, one cumulative sum along the vocabulary.
+    falling, order = torch.softmax(logits.double() / temperature, -1).sort(-1, descending=True)
+    falling[:, top_k or vocab_size :] = 0
+    falling /= falling.sum(-1, keepdim=True)
+    falling[falling.cumsum(-1) - falling >= top_p] = 0
+    kept = torch.zeros_like(falling).scatter(1, order, falling)
+    cdf = (kept / kept.sum(-1, keepdim=True)).cumsum(-1)
+    drawn = found[0][:, None]
+    above, below = cdf.gather(1, drawn)[:, 0], (cdf - kept / kept.sum(-1, keepdim=True)).gather(1, drawn)[:, 0]
+    assert bool((kept.gather(1, drawn) > 0).all())
+    # Probabilities in fp32 are right to 1e-7 of themselves; the uniform may lie as far outside the token's part of the CDF.
+    assert float(torch.maximum(below - uniforms, uniforms - above).max()) < 3e-7
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_broken_logits_are_refused(broken: float) -> None:
+@pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (0.7, 1, 0.9), (0.0, 0, 1.0)])
+def test_broken_logits_are_refused(settings: tuple[float, int, float], broken: float) -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, broken]])
     with pytest.raises(ValueError, match="NaN or infinity"):
-        draw_tokens(torch.tensor([[0.0, broken]]), torch.tensor([0.5], dtype=torch.float64), sampling())
+        draw_tokens(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), sampling(*settings))
 
 
 @pytest.mark.parametrize(
