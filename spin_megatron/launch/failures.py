@@ -5,18 +5,22 @@ Failures of a stage count only while it gets no further: one that leaves a new p
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from spin_megatron.config import RunConfig
-from spin_megatron.pipeline import STAGES, StageRef, folder_of, made_in, missing_stages
+from spin_megatron.pipeline import STAGES, StageRef, folder_of, log_folder, made_in, missing_stages
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 
 # `advance` comes back to a queue that takes no more jobs, or to a controller that is away, for hours.
 MAX_SUBMISSION_FAILURES = 50
+# What Slurm writes into a job's log when it ends the job for a reason that settings cure; whoever would have told it then dies with it.
+_ENDED_BY_SLURM = re.compile(r"error: (.*(?:DUE TO TIME LIMIT|oom.kill).*)", re.IGNORECASE)
 
 
 def record_failure(layout: RunLayout, ref: StageRef | str, *, job: str, restart: int, reason: str) -> None:
@@ -123,6 +127,15 @@ def last_logged_error(logs: Path) -> str | None:
     return found
 
 
+def slurms_reason(layout: RunLayout, ref: StageRef) -> str | None:
+    """Why Slurm itself ended a job of the stage last, where that was its time limit or its memory."""
+    element = "*" if ref.shard is None else ref.shard
+    logs = log_folder(layout, replace(ref, shard=None)).glob(f"slurm_*_{element}.log")
+    oldest_first = sorted(logs, key=lambda path: path.stat().st_mtime)
+    found = [words for path in oldest_first for words in _ENDED_BY_SLURM.findall(path.read_text(encoding="utf-8", errors="replace"))]
+    return found[-1] if found else None
+
+
 def stop_reason(config: RunConfig, layout: RunLayout) -> str | None:
     """Why the run is not tried any further, and what to do; None while it is."""
     missing = missing_stages(config, layout)
@@ -136,4 +149,7 @@ def stop_reason(config: RunConfig, layout: RunLayout) -> str | None:
             reason = [event["reason"] for event in read_events(layout) if event["ref"] == str(ref) and event["event"] == "failed"][-1]
             return f"{ref} failed {cap} times in a row, last: {reason}; {advice}"
     barren = _read_progress(layout)["barren"]
-    return f"{barren} chains of jobs in a row got nothing further; {advice}" if barren >= config.slurm.max_failures else None
+    if barren < config.slurm.max_failures:
+        return None
+    told = next((f" ({ref}: {words})" for ref in missing if (words := slurms_reason(layout, ref))), "")
+    return f"{barren} chains of jobs in a row got nothing further{told}; {advice}"

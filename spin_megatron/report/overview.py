@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_megatron.config import RunConfig
-from spin_megatron.pipeline import early_stop, folder_of, line, newest_theta
+from spin_megatron.pipeline import early_stop, folder_of, line, made_in, newest_theta
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
 
@@ -65,21 +65,24 @@ def print_iterations(config: RunConfig, layout: RunLayout) -> None:
     table.add_column("iteration")
     for column, _, _ in EVALUATION_COLUMNS:
         table.add_column(column, justify="right")
-    warnings = []
     for t, evaluation in evaluations(config, layout).items():
         table.add_row(str(t), *(format(evaluation[key], pattern) for _, key, pattern in EVALUATION_COLUMNS))
-        trained = read_manifest(layout.train(t))
-        of_training = trained.summary.get("warnings", []) if trained else []
-        warnings += [f"iteration {t}: {warning}" for warning in [*of_training, *evaluation.get("warnings", [])]]
     console = Console()
     console.print(table)
-    for warning in warnings:
-        console.print(f"[yellow]warning[/yellow] {warning}")
+    for warning in warnings(config, layout):
+        console.print(warning)
     if (scores := benchmarks(config, layout)).row_count:
         console.print(scores)
     if (stop := early_stop(config, layout)) is not None:
         console.print(Text(f"stopped {stop.reason}"))
     console.print(f"The new Hugging Face model: {layout.theta(newest_theta(config, layout))}", soft_wrap=True)
+
+
+def warnings(config: RunConfig, layout: RunLayout) -> list[Text]:
+    """What merge, train and evaluate of each iteration say a person should look at."""
+    done = ((ref, read_manifest(folder_of(layout, ref))) for ref in line(config) if ref.name in ("merge", "train", "evaluate"))
+    found = [(made_in(ref), text) for ref, manifest in done if manifest for text in manifest.summary.get("warnings", [])]
+    return [Text.assemble(("warning", "yellow"), f" iteration {t}: {text}") for t, text in found]
 
 
 def benchmarks(config: RunConfig, layout: RunLayout) -> Table:

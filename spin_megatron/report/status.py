@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_megatron.config import RunConfig
-from spin_megatron.launch.failures import failures_in_a_row, last_logged_error, read_events, stop_reason, submission_name
+from spin_megatron.launch.failures import failures_in_a_row, last_logged_error, read_events, slurms_reason, stop_reason, submission_name
 from spin_megatron.launch.slurm import ADVANCE, SubmittedJob, active_jobs, read_jobs
 from spin_megatron.pipeline import STAGES, StageRef, early_stop, folder_of, is_running, line, log_folder, made_in, missing_stages, state_of
-from spin_megatron.report.overview import benchmarks
+from spin_megatron.report.overview import benchmarks, warnings
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
 
@@ -103,7 +103,7 @@ def stage_rows(config: RunConfig, layout: RunLayout, queue: Queue | None = None)
         if manifest is None and stop is not None and made_in(ref) > stop.iteration:
             state = NOT_NEEDED
         logs = log_folder(layout, ref)
-        error = None if manifest else failures.get(str(ref)) or last_logged_error(logs / "latest")
+        error = None if manifest else failures.get(str(ref)) or slurms_reason(layout, ref) or last_logged_error(logs / "latest")
         rows.append(
             {
                 "stage": ref.name,
@@ -138,7 +138,8 @@ def _view(config: RunConfig, layout: RunLayout) -> Group:
     """The table, and below it what needs a person's eye."""
     queue = read_queue(layout)
     rows = stage_rows(config, layout, queue)
-    notes = [Text(f"{_name(row)}: {_times(row)}, last error: {row['last_error']}", style="yellow") for row in rows if row["last_error"]]
+    notes = warnings(config, layout)
+    notes += [Text(f"{_name(row)}: {_times(row)}, last error: {row['last_error']}", style="yellow") for row in rows if row["last_error"]]
     ids = {job.job_id for job in queue.jobs if job.link == ADVANCE}
     waiting = [f"{name} {state}" for name, state in queue.states.items() if name.partition("_")[0] in ids]
     if waiting:
@@ -195,7 +196,7 @@ def _table(config: RunConfig, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _cell(rows: Sequence[dict[str, Any]]) -> str:
-    """State, attempts if there was more than one, and the jobs that are not over (or the one that made it)."""
+    """State, attempts if there was more than one, warnings, and the jobs that are not over (or the one that made it)."""
     if not rows:
         return ""
     states = {row["state"] for row in rows}
@@ -205,6 +206,8 @@ def _cell(rows: Sequence[dict[str, Any]]) -> str:
     attempts = sum(row["attempts"] for row in rows)
     if attempts > len(rows):
         lines.append(f"{attempts} attempts")
+    if num_warnings := sum(len(row["summary"].get("warnings", [])) for row in rows):
+        lines.append(f"[yellow]{num_warnings} warning{'s' if num_warnings > 1 else ''}[/]")
     jobs = {job["id"]: job["state"] for row in rows for job in row["jobs"]}
     live = {name: state for name, state in jobs.items() if state not in (ENDED, "unknown")}
     if live:

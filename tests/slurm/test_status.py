@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from spin_megatron.cli import main
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.failures import failures_in_a_row, last_logged_error, progress_of, stop_reason
 from spin_megatron.launch.slurm import SubmittedJob
@@ -12,6 +14,7 @@ from spin_megatron.pipeline import StageRef, line, log_folder
 from spin_megatron.report import status
 from spin_megatron.report.status import Queue, stage_rows
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.manifest import write_json
 from spin_megatron.run.records import GeneratedRow, PromptRow, write_rows
 from tests.slurm.test_commands import finish, make_config
 
@@ -117,3 +120,58 @@ def test_an_iteration_that_is_being_answered_has_a_bar_over_its_shards(tmp_path:
         write_rows(layout.part(0, shard, number), [GeneratedRow("x", (7, 2), "stop", 1)] * 2, GeneratedRow)
     console.print(status._view(config, layout))
     assert "6 of 10 answers, 3 shards" in console.export_text()
+
+
+def test_warnings_of_every_stage_stand_in_its_cell_and_below_the_table(tmp_path: Path) -> None:
+    config, layout = some_run(tmp_path)
+    finish(layout, StageRef("merge", 0), config=config, summary={"warnings": ["55.0% of the [answers] end otherwise."]})
+    finish(layout, StageRef("train", 0), config=config, summary={"warnings": ["guard.margin was passed", "2 steps were skipped"]})
+    console = Console(width=200, record=True)
+    console.print(status._view(config, layout))
+    text = " ".join(console.export_text().split())
+    assert ("1 warning " in text, "2 warnings " in text) == (True, True)
+    below = (
+        "warning iteration 0: 55.0% of the [answers] end otherwise. warning iteration 0: guard.margin was passed warning iteration 0: 2 "
+    )
+    assert below in text
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("slurmstepd: error: *** JOB 31 ON n2 CANCELLED AT 2026-01-01T10:00:00 DUE TO TIME LIMIT ***", "*** JOB 31 ON n2 CANCELLED AT"),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=31.0.", "Detected 1 oom_kill event in StepId=31.0."),
+        ("slurmstepd: error: *** JOB 31 ON n2 CANCELLED AT 2026-01-01T10:00:00 DUE TO JOB REQUEUE ***", None),
+    ],
+)
+def test_a_job_that_slurm_ended_for_its_time_or_memory_says_so(written: str, shown: str | None, tmp_path: Path) -> None:
+    config, layout = some_run(tmp_path)
+    logs = log_folder(layout, StageRef("generate", 0))
+    (logs / "slurm_31_2.log").write_text(f"began\n{written}\nsrun: error: n2: task 0: Killed\n", encoding="utf-8")
+    error = row_of(stage_rows(config, layout), "generate", 2)["last_error"]
+    assert error is None if shown is None else error.startswith(shown)
+    assert row_of(stage_rows(config, layout), "generate", 0)["last_error"] == "MemoryError: no room for 4 GB"
+    write_json(layout.slurm_progress, {"progress": "", "barren": config.slurm.max_failures})
+    told = "" if shown is None else f" (generate 0 shard 2: {error})"
+    reason = stop_reason(config, layout)
+    assert reason is not None
+    assert reason.startswith(f"3 chains of jobs in a row got nothing further{told}; mend the cause")
+
+
+def test_watching_redraws_until_the_run_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, layout = some_run(tmp_path)
+    layout.run_json.write_text(config.model_dump_json(), encoding="utf-8")
+    remaining = [[StageRef("generate", 0, 0)], [StageRef("generate", 0, 2)], line(config)]
+    paused: list[float] = []
+
+    def work(seconds: float) -> None:
+        paused.append(seconds)
+        finish(layout, *remaining.pop(0), config=config, is_current=True)
+
+    monkeypatch.setattr(status.time, "sleep", work)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["status", str(tmp_path), "--watch", "7"]) == 0
+    assert paused == [7.0, 7.0, 7.0]
+    assert "3 of 3 done" in capsys.readouterr().out, "what is drawn last is how it ended"
