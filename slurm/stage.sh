@@ -3,6 +3,9 @@
 # Arguments: the folder of env.sh (Slurm runs a copy of this script elsewhere), the run directory, the link, the iteration.
 set -euo pipefail
 
+# Until a step runs, Slurm's notice before the time limit has nothing to save, and its default action would end this shell.
+trap '' USR1
+
 scripts=$1
 shift
 # shellcheck source-path=SCRIPTDIR source=env.sh

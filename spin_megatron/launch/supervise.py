@@ -29,6 +29,7 @@ from spin_megatron.launch.failures import (
     count_barren,
     failures_in_a_row,
     last_error,
+    progress_of,
     record_failure,
     record_stop,
     submission_name,
@@ -84,8 +85,6 @@ class Element:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the link this job is for."""
-    # Until a step runs, Slurm's notice has nothing to save; its default action would end this process without a word.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     run_dir, link, iteration = sys.argv[1:] if argv is None else argv
     configure_logging(None)
     config, layout = open_as_changed(Path(run_dir))
@@ -145,11 +144,11 @@ def supervise(config: RunConfig, layout: RunLayout, ref: StageRef, element: Elem
     if code in (BAD_INPUT, INCOMPLETE):
         record_failure(layout, ref, job=element.name, restart=element.restart, reason=f"exit code {code}: {last_error(step.logs)}")
         return code
-    if not step.hung and (step.was_asked_to_stop or code == STOPPED or _is_preempted(element)):
+    if step.was_stopped(code) or _is_preempted(element):
         logger.info("%s was stopped from outside; requeueing %s", ref, element.name)
         record_stop(layout, ref)
         return _requeue(element)
-    reason = step.hung or f"exit code {code}: {last_error(step.logs)}"
+    reason = step.failure(code)
     record_failure(layout, ref, job=element.name, restart=element.restart, reason=reason)
     if failures + 1 >= config.slurm.max_failures:
         logger.error("%s failed %d times in a row; not tried again", ref, failures + 1)
@@ -162,8 +161,9 @@ class _Step:
 
     def __init__(self, config: RunConfig, layout: RunLayout, ref: StageRef, element: Element) -> None:
         names = (ref.name, made_in(ref), ref.shard)
-        self.was_asked_to_stop = False
-        self.hung = ""
+        self._layout, self._ref, self._kept_before = layout, ref, progress_of(layout, ref)
+        self._was_asked_to_stop = False
+        self._hung = ""
         self._hang_seconds = config.slurm.hang_seconds
         # Stages that start over take their time in one piece (an export of 140 GB, a benchmark); Slurm's time limit ends those.
         self._beats = STAGES[ref.name].resumes
@@ -189,8 +189,22 @@ class _Step:
             self._stop_file.unlink(missing_ok=True)
 
     def _ask_to_stop(self, _number: int, _frame: object) -> None:
-        self.was_asked_to_stop = True
+        self._was_asked_to_stop = True
         self._stop_file.touch()
+
+    def was_stopped(self, code: int) -> bool:
+        """Whether the ranks left because they were told to, and not for nothing: a life too short to keep anything is a failure."""
+        if self._hung:
+            return False
+        # srun may have ended a rank that left a little later than the first, so its exit code says less than what was kept.
+        return progress_of(self._layout, self._ref) != self._kept_before if self._was_asked_to_stop else code == STOPPED
+
+    def failure(self, code: int) -> str:
+        """Why this life of the stage came to nothing."""
+        if self._was_asked_to_stop and code == STOPPED:
+            name = self._ref.name
+            return f"its time limit came before it had kept anything new; raise slurm.stages.{name}.time, or lower slurm.signal_seconds"
+        return self._hung or f"exit code {code}: {last_error(self.logs)}"
 
     def _watch(self, process: "subprocess.Popen[bytes]") -> None:
         if not self._beats:
@@ -198,8 +212,8 @@ class _Step:
         silent_seconds = time.time() - self._heartbeat.stat().st_mtime
         if silent_seconds < self._hang_seconds:
             return
-        self.hung = f"no progress for {silent_seconds:.0f} s: the step was ended"
-        logger.error("%s", self.hung)
+        self._hung = f"no progress for {silent_seconds:.0f} s: the step was ended"
+        logger.error("%s", self._hung)
         process.terminate()
         try:
             process.wait(END_SECONDS)

@@ -152,17 +152,15 @@ class ClusterRun:
         self.wait(lambda: self.is_complete() or not self.queued(), "the end of the run", seconds=seconds)
         assert self.is_complete(), self.describe()
 
-    def rank_pids(self, ref: StageRef, node: str | None = None) -> list[int]:
-        """Processes of a stage's ranks, as srun started them, on one node or on all."""
+    def rank_pids(self, ref: StageRef, element: str, node: str | None = None) -> list[int]:
+        """Processes of a stage's ranks in an element (JOB_TASK), rank 0 first, as srun started them, on one node or on all."""
         logs = os.fsencode(log_folder(self.layout, ref)) + b"/"  # of this shard and no other
-        return self._pids(node, [b"spin_megatron.launch.rank", ref.name.encode()], logs)
+        pids = _of_element(element, self._pids(node, [b"spin_megatron.launch.rank", ref.name.encode()], logs))
+        return sorted(pids, key=lambda pid: int(_environment(pid).get(b"SLURM_PROCID", 0)))
 
     def shell_pids(self, element: str) -> list[int]:
         """The batch shell of an element (JOB_TASK), which has become the supervisor."""
-        job, _, task = element.partition("_")
-        wanted = {f"SLURM_ARRAY_JOB_ID={job}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
-        pids = self._pids(None, [b"spin_megatron.launch.supervise"])
-        return [pid for pid in pids if wanted <= set(read_proc(pid, "environ").split(b"\0"))]
+        return _of_element(element, self._pids(None, [b"spin_megatron.launch.supervise"]))
 
     def _pids(self, node: str | None, words: Sequence[bytes], logs: bytes = b"") -> list[int]:
         """Python processes whose command holds these words and this run's folder (srun's holds them too, behind its options)."""
@@ -172,15 +170,17 @@ class ClusterRun:
         return [pid for pid, command in python.items() if wanted <= set(command) and command[3].startswith(logs)]
 
     def wait_for_ranks(self, ref: StageRef, count: int = 1) -> str:
-        """Wait until a stage's ranks run, not those of a life that is being ended; returns their element, as JOB_TASK."""
-        found: list[str | None] = []
+        """Wait until a stage's ranks run, not those of an element that is being ended; returns their element, as JOB_TASK."""
+        found: list[str] = []
 
         def is_running() -> bool:
-            found.append(self.running(ref))
-            return found[-1] is not None and len(self.rank_pids(ref)) >= count
+            element = self.running(ref)
+            if element is not None and len(self.rank_pids(ref, element)) >= count:
+                found.append(element)
+            return bool(found)
 
         self.wait(is_running, f"the start of {count} ranks of {ref}")
-        return found[-1] or ""
+        return found[0]
 
     def catch(self, *refs: StageRef, count: int = 1) -> list[str]:
         """Stop (SIGSTOP) each stage's ranks as soon as they run, so that a fault finds them unfinished; returns their elements."""
@@ -189,7 +189,7 @@ class ClusterRun:
         def has_caught_all() -> bool:
             for ref in refs:
                 element = None if ref in caught else self.running(ref)
-                if element is not None and len(pids := self.rank_pids(ref)) >= count:
+                if element is not None and len(pids := self.rank_pids(ref, element)) >= count:
                     signal_all(pids, signal.SIGSTOP)
                     caught[ref] = element
             return len(caught) == len(refs)
@@ -231,6 +231,17 @@ class ClusterRun:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
             parts += [f"--- {path.relative_to(self.layout.root)}", *lines]
         return "\n".join(parts)
+
+
+def _environment(pid: int) -> dict[bytes, bytes]:
+    return dict(word.partition(b"=")[::2] for word in read_proc(pid, "environ").split(b"\0"))
+
+
+def _of_element(element: str, pids: Sequence[int]) -> list[int]:
+    """Those of the processes that Slurm started for an array element (JOB_TASK)."""
+    job, _, task = element.partition("_")
+    wanted = {b"SLURM_ARRAY_JOB_ID": job.encode(), b"SLURM_ARRAY_TASK_ID": task.encode()}
+    return [pid for pid in pids if wanted.items() <= _environment(pid).items()]
 
 
 def signal_all(pids: Sequence[int], number: signal.Signals) -> None:

@@ -166,7 +166,7 @@ def test_every_link_is_cancelled_when_what_it_waits_for_can_never_end_well(tmp_p
 
 
 def test_paths_with_spaces_and_quotes_stay_one_word(tmp_path: Path) -> None:
-    root = tmp_path / "it's a \"tiny\" run"
+    root = tmp_path / 'it\'s a "tiny" run'
     for words in dry_run(make_config(run={"name": "a b'c", "iterations": 1}), RunLayout(root)):
         assert words[-5:-2] == [str(root / "slurm" / "stage.sh"), str(root / "slurm"), str(root)]
         assert f"--chdir={root}" in words
@@ -187,14 +187,29 @@ def test_a_percent_sign_in_a_path_is_not_a_pattern_of_slurm(tmp_path: Path) -> N
         ({"train": {"nodes": 2, "ranks_per_node": 1}}, r"slurm\.stages\.train: nodes=2 x ranks_per_node=1 must be 4"),
         ({"train": {"ranks_per_node": 4}, "evaluate": {}}, r"slurm\.stages\.evaluate: nodes=1 x ranks_per_node=1 must be 4"),
         ({"merge": {"nodes": 2}}, r"slurm\.stages\.merge: nodes=2 x ranks_per_node=1 must be 1 \(this stage is one process\)"),
+        ({"generate": {"time": "soon"}}, r"slurm\.stages\.generate: time='soon' is no time limit of sbatch; write minutes,"),
     ],
 )
-def test_resources_that_do_not_fit_the_layout_are_refused(stages: dict, message: str, tmp_path: Path) -> None:
+def test_resources_that_do_not_fit_are_refused(stages: dict, message: str, tmp_path: Path) -> None:
     config = make_config(parallel={"tensor": 2, "data": 2}, slurm={"stages": stages})
     with pytest.raises(ValueError, match=message):
         check_resources(config)
     with pytest.raises(ValueError, match=message):
         dry_run(config, RunLayout(tmp_path))
+
+
+@pytest.mark.parametrize("time", ["5", "5:30", "00:05:30", "0-00:05", "0-0:5:30"])
+def test_a_time_limit_that_is_over_with_the_first_notice_is_refused(time: str) -> None:
+    message = (
+        r"slurm\.stages\.generate: time=.* leaves no time to work: .* slurm\.signal_seconds=300 before its end, and up to 30 s earlier"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_resources(make_config(slurm={"stages": {"generate": {"time": time}}}))
+
+
+@pytest.mark.parametrize("time", ["6", "5:31", "00:05:31", "0-1", "1-0", "0-0:6", "0", "UNLIMITED"])
+def test_a_longer_time_limit_in_any_form_of_sbatch_is_taken(time: str) -> None:
+    check_resources(make_config(slurm={"stages": {"generate": {"time": time}, "merge": {"time": "1"}}}))
 
 
 def engine_config(**options: object) -> RunConfig:

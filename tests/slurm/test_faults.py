@@ -3,22 +3,27 @@
 Several faults share a run, one after the other, because every restart costs the start of Python on each rank.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from spin_megatron.convert.saved_checkpoint import COMPLETE_NAME
+from spin_megatron.launch.failures import read_events
 from spin_megatron.launch.loop import open_as_changed
 from spin_megatron.launch.slurm import read_jobs
-from spin_megatron.pipeline import StageRef
+from spin_megatron.pipeline import StageRef, log_folder
 from spin_megatron.report.status import read_queue, stage_rows, why_stopped
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held
 from tests.slurm.cluster_run import REPOSITORY, SPIN_ITER, ClusterRun, assert_same_result, fork, heartbeat, signal_all, stop_file
 from tests.slurm.conftest import SmallDisk
 from tools.local_slurm.cluster import Cluster
+from tools.local_slurm.processes import is_alive
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -44,16 +49,14 @@ def wait_for_end(run: ClusterRun, element: str, what: str) -> None:
     run.wait(lambda: run.running(TRAIN) != element, f"the end of the slot after {what}")
 
 
-def test_training_survives_killed_ranks_and_shells_time_limits_and_lost_nodes(
-    cluster: Cluster, undisturbed: RunLayout, tmp_path: Path
-) -> None:
+def test_training_survives_killed_ranks_and_shells_and_lost_nodes(cluster: Cluster, undisturbed: RunLayout, tmp_path: Path) -> None:
     run = ClusterRun(cluster, fork(undisturbed, tmp_path / "run", removed=("train", "export")))
     run.submit()
 
     # kill -9 of a rank between two updates: the step ends, the supervisor requeues its own element.
     element = training(run)
     run.wait(lambda: run.num_updates() >= 1, "the first update")
-    *others, last = run.rank_pids(TRAIN)
+    *others, last = run.rank_pids(TRAIN, element)
     signal_all([*others, last], signal.SIGSTOP)
     shown = next(row for row in stage_rows(run.config, run.layout, read_queue(run.layout)) if row["stage"] == "train")
     assert (shown["state"], {"id": element, "state": "RUNNING"} in shown["jobs"]) == ("running", True), shown
@@ -66,27 +69,14 @@ def test_training_survives_killed_ranks_and_shells_time_limits_and_lost_nodes(
     signal_all(run.shell_pids(element), signal.SIGKILL)
     wait_for_end(run, element, "a killed batch shell")
 
-    # The time limit: Slurm's notice (sent at once here, not a minute before the end) becomes a stop file; all ranks save and leave.
-    element = training(run)
-    began = run.layout.metrics(0).stat().st_mtime
-    run.wait(lambda: run.layout.metrics(0).stat().st_mtime > began, "an update of this life")
-    ranks = run.rank_pids(TRAIN)
-    signal_all(ranks, signal.SIGSTOP)
-    run.slurm("scancel", "--batch", "--signal=USR1", element)
-    run.wait(stop_file(run.layout, TRAIN).exists, "the stop file")
-    signal_all(ranks, signal.SIGCONT)
-    wait_for_end(run, element, "the time limit")
-    saved = run.num_updates()
-
     # A node dies and is back before Slurm misses it: srun would wait for ever, the watchdog ends the step.
     element = training(run)
     first, second = run.nodes_of(element)
-    signal_all(run.rank_pids(TRAIN, first), signal.SIGSTOP)
+    signal_all(run.rank_pids(TRAIN, element, first), signal.SIGSTOP)
     cluster.kill_node(second)
     cluster.start_node(second, forget_jobs=False)
     os.utime(heartbeat(run.layout, TRAIN), times=(0, heartbeat(run.layout, TRAIN).stat().st_mtime - LONG_AGO_SECONDS))
     wait_for_end(run, element, "the watchdog")
-    assert run.num_updates() >= saved, "what was saved at the time limit is kept"
 
     # A node goes down for good.
     element = training(run)
@@ -97,6 +87,55 @@ def test_training_survives_killed_ranks_and_shells_time_limits_and_lost_nodes(
 
     run.finish()
     assert_same_result(run.layout, undisturbed, iterations=1)
+
+
+def hold_until_gone(pid: int) -> None:
+    """Keep a process from doing anything until it is killed. Slurm continues stopped ones when it asks them to end."""
+    while is_alive(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.002)
+
+
+def test_training_goes_on_after_a_time_limit_whether_or_not_it_could_save(cluster: Cluster, undisturbed: RunLayout, tmp_path: Path) -> None:
+    """Slurm itself sends the notice and ends the job: the end of the running job's time is moved here, and nothing else is done."""
+    run = ClusterRun(cluster, fork(undisturbed, tmp_path / "run", removed=("train", "export")))
+    run.submit()
+
+    # The notice: a stop file, all ranks save after the step they are in, and the element requeues itself.
+    element = training(run)
+    run.wait(lambda: run.num_updates() >= 1, "the first update")
+    ranks = run.rank_pids(TRAIN, element)
+    signal_all(ranks, signal.SIGSTOP)
+    made = run.num_updates()
+    run.slurm("scontrol", "update", f"jobid={element}", f"endtime=now+{run.config.slurm.signal_seconds + 10}")
+    run.wait(stop_file(run.layout, TRAIN).exists, "Slurm's notice of the time limit")
+    signal_all(ranks, signal.SIGCONT)
+    run.wait(lambda: run.restarts(element) == 1, "the element that requeues itself")
+    saved = newest_checkpoint(run)
+    assert saved in (made, made + 1), "the update that was under way is in the checkpoint, and no other was begun"
+    assert [event["event"] for event in read_events(run.layout) if event["ref"] == "train 0"] == ["stopped"], "no failure"
+
+    # The limit itself, before anything could be saved: the job is over, the next slot goes on from the newest checkpoint.
+    element = training(run)
+    first = run.rank_pids(TRAIN, element)[0]
+    run.wait(lambda: run.num_updates() > saved, "an update after the checkpoint")
+    signal_all([first], signal.SIGSTOP)
+    run.slurm("scontrol", "update", f"jobid={element}", "endtime=now+1")
+    hold_until_gone(first)
+    kept = newest_checkpoint(run)
+    run.wait(lambda: run.job_state(element) == "TIMEOUT", "Slurm's end of the job")
+    shown = next(row for row in stage_rows(run.config, run.layout) if row["stage"] == "train")
+    assert "DUE TO TIME LIMIT" in shown["last_error"]
+    run.finish()
+    resumed = [path.read_text(encoding="utf-8") for path in log_folder(run.layout, TRAIN).glob("attempt_*/rank_0_*.log")]
+    assert any(f"after {kept} steps" in text for text in resumed)
+    assert_same_result(run.layout, undisturbed, iterations=1)
+
+
+def newest_checkpoint(run: ClusterRun) -> int:
+    """The step of the newest one that is whole."""
+    return max(int(path.parent.name.removeprefix("step_")) for path in run.layout.checkpoints(0).glob(f"step_*/{COMPLETE_NAME}"))
 
 
 def test_generation_survives_every_fault_with_the_same_pairs(cluster: Cluster, undisturbed: RunLayout, tmp_path: Path) -> None:
@@ -113,7 +152,7 @@ def test_generation_survives_every_fault_with_the_same_pairs(cluster: Cluster, u
 
     # kill -9 of an element's process, and a person who requeues the other element.
     run.catch(first, second)
-    signal_all(run.rank_pids(first), signal.SIGKILL)
+    signal_all(run.rank_pids(first, f"{array}_0"), signal.SIGKILL)
     run.requeue(f"{array}_1")
     run.wait(lambda: run.restarts(f"{array}_0") >= 1, "the requeue after a killed process")
 

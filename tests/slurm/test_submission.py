@@ -9,7 +9,7 @@ import pytest
 
 from spin_megatron.config import RunConfig
 from spin_megatron.launch import slurm, supervise
-from spin_megatron.launch.failures import MAX_SUBMISSION_FAILURES, record_failure, stop_reason
+from spin_megatron.launch.failures import MAX_SUBMISSION_FAILURES, read_events, record_failure, stop_reason
 from spin_megatron.launch.slurm import read_jobs, submit
 from spin_megatron.launch.supervise import Element, advance
 from spin_megatron.pipeline import StageRef
@@ -158,3 +158,34 @@ def test_chains_that_made_a_checkpoint_are_not_barren(started: tuple[RunConfig, 
     reason = stop_reason(config, layout)
     assert reason is not None
     assert reason.startswith("3 chains of jobs in a row got nothing further")
+
+
+@pytest.mark.parametrize(
+    ("is_told", "is_kept", "code", "event"),
+    [
+        (True, True, 75, ("stopped", "")),
+        (True, True, 137, ("stopped", "")),  # srun ended a rank that left after the first
+        (False, False, 75, ("stopped", "")),  # a person's SIGTERM
+        (True, False, 75, ("failed", "its time limit came before it had kept anything new; raise slurm.stages.train.time")),
+        (True, False, 1, ("failed", "exit code 1: no error was logged")),
+        (False, True, 1, ("failed", "exit code 1: no error was logged")),
+    ],
+)
+def test_a_life_that_was_told_to_leave_is_no_failure_if_it_kept_something(
+    is_told: bool,
+    is_kept: bool,
+    code: int,
+    event: tuple[str, str],
+    started: tuple[RunConfig, RunLayout, Scripted],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, layout, programs = started
+    finish(layout, StageRef("merge", 0), config=config)
+    script = ["kill -USR1 $PPID"] * is_told + ['mkdir -p "$0"'] * is_kept + [f"exit {code}"]
+    monkeypatch.setattr(supervise, "step_command", lambda *_: ["sh", "-c", "; ".join(script), str(layout.checkpoints(0) / "step_1")])
+    monkeypatch.setattr(supervise, "_first_host", lambda: "n1")
+    assert supervise.supervise(config, layout, StageRef("train", 0), FIRST_SLOT) == 75
+    assert programs.called("scontrol")[-1] == ["scontrol", "requeue", "90_0"]
+    (found,) = read_events(layout)
+    assert found["event"] == event[0]
+    assert found.get("reason", "").startswith(event[1])
