@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # The one file a cluster owner edits: what every job of a run needs of this cluster. It is sourced by stage.sh and spin_iter.sh.
-# Partition, account, nodes and time limits stand in the run's config, section [slurm].
+# Nodes, GPUs and time limits of a run stand in its config, section [slurm].
+
+# Partition and account of every job. A run's own, [slurm] partition and account in its config, come before these.
+#   export SBATCH_PARTITION=gpu SBATCH_ACCOUNT=my-project
 
 # The Python that submits and supervises. It runs on the host (never in a container), where sbatch, srun and scontrol are.
 # It needs `pip install spin-megatron` with its torch-free parts only: pydantic, rich and pyarrow.

@@ -218,7 +218,7 @@ def test_every_stage_survives_a_requeue_and_preemption(
 
 
 def test_a_full_disk_and_a_read_only_log_folder_end_the_jobs_and_spoil_nothing(
-    cluster: Cluster, undisturbed: RunLayout, small_disk: SmallDisk
+    cluster: Cluster, undisturbed: RunLayout, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = ClusterRun(cluster, fork(undisturbed, small_disk.root, removed=("generate", "merge")))
 
@@ -234,9 +234,11 @@ def test_a_full_disk_and_a_read_only_log_folder_end_the_jobs_and_spoil_nothing(
     assert str(small_disk.logs) in refused.stderr.replace("\n", "")
     assert run.job_ids() == []
 
-    # Read-only when the jobs start: they end without having run.
+    # Read-only when the jobs start: they end without having run. A cluster owner's partition is that of every job.
+    monkeypatch.setenv("SBATCH_PARTITION", "preempt")
     assert submission().returncode == 0
     jobs = run.job_ids()
+    assert [run.fact(job, "Partition") for job in jobs] == ["preempt"] * 3
     subprocess.run(["mount", "-o", "remount,ro", small_disk.logs], check=True, timeout=30)
     run.slurm("scontrol", "release", *jobs)
     run.wait(lambda: not run.queued(), "the end of jobs that cannot write their log")
