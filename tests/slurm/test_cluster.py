@@ -1,5 +1,8 @@
 """The loop on a real Slurm that nothing disturbs: two iterations on two nodes of two ranks, tensor 2 x data 2."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,9 @@ from spin_megatron.config import RunConfig
 from spin_megatron.launch.slurm import read_jobs
 from spin_megatron.pipeline import StageRef, line, log_folder
 from spin_megatron.run.layout import RunLayout
-from tests.slurm.cluster_run import assert_same_result, fork
+from tests.slurm.cluster_run import REPOSITORY, assert_same_result, fork
 from tests.tiny_run import spin_megatron
+from tools.local_slurm.cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -29,3 +33,22 @@ def test_training_on_this_machine_without_slurm_ends_with_the_same_weights(undis
         result = spin_megatron(ref.name, "--run-dir", layout.root, "--iteration", str(ref.iteration), timeout=300)
         assert result.returncode == 0, result.stdout + result.stderr
     assert_same_result(layout, undisturbed, iterations=1)
+
+
+def slurm_local(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, str(REPOSITORY / "tools" / "slurm_local.py"), arguments[0], "--dir", str(cluster.root), *arguments[1:]]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_tool_shows_kills_and_starts_the_nodes_of_a_cluster(cluster: Cluster) -> None:
+    assert slurm_local(cluster, "env").stdout == f"export SLURM_CONF={cluster.conf}\n"
+    assert "n4" in slurm_local(cluster, "exec", "--", "sinfo", "--noheader", "--format=%n").stdout.split()
+    assert slurm_local(cluster, "node-kill", "n4").returncode == 0
+    shown = slurm_local(cluster, "status", "--json")
+    assert (shown.returncode, json.loads(shown.stdout)["pids"]["slurmd-n4"]) == (1, None)
+    assert slurm_local(cluster, "node-start", "n4").stdout == "n4: back\n"
+    shown = slurm_local(cluster, "status")
+    assert (shown.returncode, shown.stdout.partition(" ")[0]) == (0, "usable")
+    refused = slurm_local(cluster, "up", "--nodes", "2")
+    assert (refused.returncode, refused.stderr) == (2, "slurm_local: already up with other options: run `down` first\n")
+    assert slurm_local(cluster, "node-kill", "n9").returncode == 2
