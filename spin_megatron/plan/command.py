@@ -172,6 +172,8 @@ def make_question(config: RunConfig, shape: ModelShape, gpu: Gpu, lengths: Lengt
         # "auto" overlaps on GPUs too, but what that hides was not measured yet: plans do not count on it unless it is asked for.
         overlap_data=config.parallel.overlap == "on",
         adapters=config.lora.shape(),
+        offload_fraction=config.optimizer.offload_fraction,
+        host_threads=config.slurm.of("train").cpus_per_rank if config.slurm.stages else config.launch.threads_per_process,
     )
     return Question(shape, gpu, settings, workload, config.train.global_batch_pairs, config.train.share_prompt)
 

@@ -4,6 +4,7 @@ A layout is refused when it does not divide the model or the GPUs, when an updat
 when a rank's memory does not fit. The rest are ranked by pairs trained a second.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,6 +20,8 @@ from spin_megatron.plan.speed import StepTime, head_time, layer_time, step_time
 RECOMPUTE_ORDER: tuple[Recompute, ...] = ("none", "selective", "full")
 # An update may hold this many times the pairs of train.global_batch_pairs before the layout is refused: it would be another recipe.
 MAX_BATCH_GROWTH = 1.25
+# Context ranks are tried where each keeps so many tokens of a pack: of shorter packs data ranks take whole ones, and exchange nothing.
+MIN_CONTEXT_TOKENS = 4096
 # Uneven stages are proposed where they are this much faster than equal ones: a list of numbers in a config is to be worth reading.
 MIN_SPLIT_GAIN = 1.01
 
@@ -80,7 +83,7 @@ def search(question: Question, num_gpus: int, *, recompute: Recompute | None = N
         raise ValueError(f"--gpus {num_gpus} must be at least 1.")
     candidates: list[Candidate] = []
     refusals: list[Refusal] = []
-    for layout in enumerate_layouts(question.shape, num_gpus, question.gpu):
+    for layout in enumerate_layouts(question.shape, num_gpus, question.gpu, pack_tokens=question.settings.pack_tokens):
         outcome, *others = (try_layout(question, variant, recompute=recompute) for variant in stage_variants(question, layout))
         for other in others:
             if isinstance(other, Candidate) and _is_worth_a_split(other, outcome):
@@ -94,11 +97,12 @@ def _is_worth_a_split(uneven: Candidate, even: Candidate | Refusal) -> bool:
     return isinstance(even, Refusal) or uneven.pairs_per_second > MIN_SPLIT_GAIN * even.pairs_per_second
 
 
-def enumerate_layouts(shape: ModelShape, num_gpus: int, gpu: Gpu) -> Iterator[ParallelLayout]:
-    """Layouts whose ranks are num_gpus: tensor ranks within a server, stages of at least a layer, data ranks for the rest.
+def enumerate_layouts(shape: ModelShape, num_gpus: int, gpu: Gpu, *, pack_tokens: int) -> Iterator[ParallelLayout]:
+    """Layouts whose ranks are num_gpus: tensor ranks within a server, stages of at least a layer, context ranks of long packs, data
+    ranks for the rest.
 
-    Sequence parallelism goes with tensor parallelism: it moves as many bytes and stores fewer. Context parallelism is 1: packed
-    pairs are not split over ranks (mcore/attention.py). Virtual stages: the divisors of a rank's layers.
+    Sequence parallelism goes with tensor parallelism: it moves as many bytes and stores fewer. Virtual stages: the divisors of a rank's
+    layers.
     """
     for tensor in _divisors(num_gpus):
         if tensor > min(gpu.gpus_per_node, shape.num_heads):
@@ -106,13 +110,13 @@ def enumerate_layouts(shape: ModelShape, num_gpus: int, gpu: Gpu) -> Iterator[Pa
         for pipeline in _divisors(num_gpus // tensor):
             if pipeline > shape.num_layers:
                 continue
-            data = num_gpus // tensor // pipeline
+            copies = num_gpus // tensor // pipeline
             layers = shape.num_layers // pipeline
             virtual = _divisors(layers) if pipeline > 1 and shape.num_layers % pipeline == 0 else [1]
-            experts = [1] if shape.num_experts is None else [n for n in _divisors(data) if shape.num_experts % n == 0]
-            for virtual_pipeline in virtual:
-                for expert in experts:
-                    yield ParallelLayout(tensor, pipeline, data, tensor > 1, 1, expert, virtual_pipeline)
+            experts = [1] if shape.num_experts is None else [n for n in _divisors(copies) if shape.num_experts % n == 0]
+            contexts = [n for n in _divisors(copies) if n == 1 or pack_tokens >= n * MIN_CONTEXT_TOKENS]
+            for context, virtual_pipeline, expert in itertools.product(contexts, virtual, experts):
+                yield ParallelLayout(tensor, pipeline, copies // context, tensor > 1, context, expert, virtual_pipeline)
 
 
 def stage_variants(question: Question, layout: ParallelLayout) -> Iterator[ParallelLayout]:
@@ -149,6 +153,7 @@ def try_layout(question: Question, layout: ParallelLayout, *, recompute: Recompu
     """Check one layout; with its rates when it fits, with the reason when it does not."""
     try:
         layout.check(question.shape)
+        layout.check_pack(question.settings.pack_tokens)
         check_precision(question.settings.precision, question.shape, layout, pack_tokens=question.settings.pack_tokens)
     except ValueError as error:
         return Refusal(layout, "shape", str(error))
@@ -233,8 +238,18 @@ def check_fits(question: Question, layout: ParallelLayout, recompute: Recompute)
     if found:
         cure = f"on {layout.world_size} GPUs this fits: {describe(found[0])}."
     else:
-        cure = f"no layout of {layout.world_size} GPUs fits; use more or larger GPUs, or a smaller train.pack_tokens."
+        cure = f"no layout of {layout.world_size} GPUs fits; use more or larger GPUs, or a smaller train.pack_tokens"
+        cure += f"{with_offload(question, layout.world_size)}."
     raise ValueError(f"[parallel] {_fields(layout)}: {outcome.reason.rstrip('.')}; {cure}")
+
+
+def with_offload(question: Question, num_gpus: int) -> str:
+    """What fits with the optimizer in the host's memory, as the end of a sentence; empty where nothing does, or where it is there."""
+    settings = question.settings
+    if settings.offload_fraction or settings.precision == "fp32" or settings.adapters is not None or not settings.distributed_optimizer:
+        return ""
+    found = search(replace(question, settings=replace(settings, offload_fraction=1.0)), num_gpus).candidates
+    return f", or optimizer.offload_fraction=1, with which this fits: {describe(found[0])}" if found else ""
 
 
 def describe(candidate: Candidate) -> str:

@@ -54,7 +54,8 @@ class TrainSettings:
     fused_gradients: products of the backward add to the fp32 gradient buffer themselves (apex or Transformer Engine kernels).
     recompute_logits: the head's backward makes the logits again instead of keeping them, as objective/logprobs.py does.
     adapters: LoRA beside frozen weights; None: every weight is trained.
-    overlap_*: collectives run beside computation. Tensor: Transformer Engine's user buffers.
+    offload_fraction: share of the optimizer's state in the host's memory, updated there by host_threads a rank.
+    overlap_*: collectives run beside computation. Tensor: Transformer Engine's user buffers; context: its ring.
     """
 
     pack_tokens: int
@@ -70,7 +71,10 @@ class TrainSettings:
     fused_gradients: bool = False
     recompute_logits: bool = True
     adapters: AdapterShape | None = None
+    offload_fraction: float = 0.0
+    host_threads: int = 8
     overlap_tensor: bool = False
+    overlap_context: bool = False
     overlap_pipeline: bool = False
     overlap_data: bool = False
 
@@ -80,18 +84,24 @@ class TrainSettings:
         return FLOAT32_BYTES if self.precision == "fp32" else 2
 
     @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of optimizer state an element takes: an fp32 copy of a bf16 weight, and the moments."""
+        return FLOAT32_BYTES * (_MOMENTS[self.optimizer] + (self.precision != "fp32"))
+
+    @property
     def is_fp8(self) -> bool:
         return PRECISIONS[self.precision].fp8_recipe is not None
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes a rank holds from the first step to the last."""
+    """Bytes a rank holds from the first step to the last. host: in the host's memory, beside the GPU's `total`."""
 
     num_parameters: int
     weights: int
     gradients: int
     optimizer: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -121,11 +131,10 @@ def state_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettin
     moments, of the whole buffer or of this rank's 1/data share. Experts have their own buffer, shared by fewer ranks. Frozen weights
     lie outside and have nothing besides.
     """
-    num_parameters = weights = gradients = optimizer = 0
+    num_parameters = weights = gradients = held = 0
     if settings.adapters is not None:
         num_parameters = sum(parameter.numel for chunk in rank_parameters(shape, layout, pipeline_rank) for parameter in chunk)
         weights = num_parameters * settings.weight_bytes
-    per_element = FLOAT32_BYTES * (_MOMENTS[settings.optimizer] + (settings.precision != "fp32"))
     for index, chunk in enumerate(trained_parameters(shape, layout, settings, pipeline_rank)):
         bucket_elements = _bucket_elements(layout, settings) if pipeline_rank == index == 0 else None
         for parameters, num_ranks in zip(split_by_kind(chunk), (layout.data * layout.context, expert_data_ranks(layout)), strict=True):
@@ -137,12 +146,13 @@ def state_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettin
             )
             # Neighbouring data ranks hold different experts (Megatron Core's order tp-cp-ep-dp-pp).
             rank = data_rank // (layout.data * layout.context // num_ranks)
-            held = buffer.shard_elements(rank, num_ranks) if settings.distributed_optimizer else numel
+            held += buffer.shard_elements(rank, num_ranks) if settings.distributed_optimizer else numel
             num_parameters += numel
             weights += buffer.num_elements * settings.weight_bytes
             gradients += buffer.num_elements * settings.gradient_bytes
-            optimizer += held * per_element
-    return StateBytes(num_parameters, weights, gradients, optimizer)
+    offloaded = int(held * settings.offload_fraction)  # whole tensors are: up to one more than this
+    host = offloaded * (settings.optimizer_bytes + FLOAT32_BYTES)  # and their gradients
+    return StateBytes(num_parameters, weights, gradients, (held - offloaded) * settings.optimizer_bytes, host)
 
 
 def _bucket_elements(layout: ParallelLayout, settings: TrainSettings) -> int | None:

@@ -5,12 +5,14 @@ data sheet's peak times one share; the shares are fitted once to published runs 
 which tests/unit/test_plan_published.py holds within 20%. Formulas, sources and the table: docs/planner.md.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from spin_megatron.plan.hardware import Gpu
 from spin_megatron.plan.memory import (
     FLOAT32_BYTES,
+    OptimizerName,
     Recompute,
+    StateBytes,
     TrainSettings,
     expert_data_ranks,
     scheduled_batches,
@@ -37,6 +39,13 @@ EXPOSED_TENSOR = 0.45
 EXPOSED_DATA = 0.15
 # Eager PyTorch launches a layer's kernels (about 25 forward) no faster than this, whatever the model's size.
 LAYER_LAUNCH_SECONDS = 150e-6
+# An offloaded optimizer. Bytes of host memory an element's update moves: torch's fused AdamW reads and writes everything once, its RMSProp
+# in five passes; besides, the gradient arrives and the weight is made bf16. A core streams so much, all of them this share of the memory's
+# rate; weights go up from memory that is not pinned. None of this was measured with a GPU.
+HOST_UPDATE_BYTES: dict[OptimizerName, int] = {"adamw": 28 + 10, "rmsprop": 52 + 10}
+HOST_THREAD_BANDWIDTH = 10e9
+HOST_MEMORY_SHARE = 0.75
+PCIE_SHARE, PAGEABLE_SHARE = 0.80, 0.25
 # Without fused kernels a matrix's gradient is written in bf16, read again and added to the fp32 buffer: 2 + 2 + 8 bytes an element.
 UNFUSED_GRADIENT_BYTES = 12
 # Gradient norm, logging and the synchronisations of a step.
@@ -50,15 +59,26 @@ _EXCHANGES: dict[Recompute, float] = {"none": 2.0, "selective": 2.5, "full": 3.0
 
 @dataclass(frozen=True)
 class PassTime:
-    """Seconds of one micro-batch in a part of the model on one rank. communication: exposed collectives of both directions."""
+    """Seconds of one micro-batch in a part of the model on one rank.
+
+    communication: exposed collectives of both directions; forward_communication: those of a forward pass alone.
+    """
 
     forward: float
     backward: float
     communication: float
+    forward_communication: float
 
     @property
     def total(self) -> float:
         return self.forward + self.backward + self.communication
+
+    def times(self, count: int) -> "PassTime":
+        """So many parts alike."""
+        return PassTime(*(count * seconds for seconds in astuple(self)))
+
+    def __add__(self, other: "PassTime") -> "PassTime":
+        return PassTime(*(own + others for own, others in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -132,7 +152,9 @@ def layer_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSetting
         backward += matrices * UNFUSED_GRADIENT_BYTES / (gpu.memory_bandwidth * MEMORY_SHARE)
     # Selective: the MLP's products, half of the elementwise work and one of the two exchanges once more.
     repeated = {"none": 0.0, "selective": mlp_products + elementwise / 2, "full": forward}[settings.recompute]
-    return PassTime(forward, backward + repeated, _EXCHANGES[settings.recompute] * _layer_exchange_seconds(shape, layout, settings, gpu))
+    exchange, (gather, scatter) = _exchange_seconds(shape, layout, settings, gpu), _context_seconds(shape, layout, settings, gpu)
+    communication = _EXCHANGES[settings.recompute] * exchange + (1 + (settings.recompute == "full")) * gather + scatter
+    return PassTime(forward, backward + repeated, communication, exchange + gather)
 
 
 def _backward_products(settings: TrainSettings) -> float:
@@ -177,12 +199,11 @@ def _elementwise_bytes(shape: ModelShape, layout: ParallelLayout, settings: Trai
     return moved * settings.weight_bytes + casts
 
 
-def _layer_exchange_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:
-    """Exposed collectives of one direction through one layer.
+def _exchange_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:
+    """Exposed collectives of tensor and expert ranks in one direction through one layer.
 
     Tensor parallelism: two all-reduces of [tokens, hidden], or with sequence parallelism as many bytes in gathers and scatters
-    (arXiv 2205.05198, section 4.2.2). Context parallelism: keys and values go round the ring behind the attention. Experts: tokens go out
-    and come back.
+    (arXiv 2205.05198, section 4.2.2). Experts: tokens go out and come back.
     """
     hidden_bytes = settings.pack_tokens / layout.context * shape.hidden_size * settings.weight_bytes
     seconds = 0.0
@@ -190,13 +211,25 @@ def _layer_exchange_seconds(shape: ModelShape, layout: ParallelLayout, settings:
         ring = 4 * hidden_bytes * (layout.tensor - 1) / layout.tensor
         exposed = EXPOSED_TENSOR if settings.overlap_tensor else 1.0
         seconds += exposed * ring / _link(gpu, layout.tensor, layout.tensor)
-    if layout.context > 1:
-        key_value = 2 * settings.pack_tokens / layout.context * shape.num_kv_heads * shape.head_dim / layout.tensor * settings.weight_bytes
-        seconds += EXPOSED_TENSOR * (layout.context - 1) * key_value / _link(gpu, layout.tensor * layout.context, layout.context)
     if layout.expert > 1 and shape.experts_per_token is not None:
         sent = 2 * shape.experts_per_token * hidden_bytes * (layout.expert - 1) / layout.expert
         seconds += sent / (_link(gpu, layout.tensor * layout.expert, layout.expert) * ALL_TO_ALL_SHARE)
     return seconds
+
+
+def _context_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> tuple[float, float]:
+    """(forward, backward) collectives of context ranks in one layer, before the attention and after its backward (mcore/context.py).
+
+    Keys and values of the whole pack are gathered; their gradients are scattered in fp32. With overlap_context both go round a ring
+    beside the attention, in the weights' type.
+    """
+    if layout.context == 1:
+        return 0.0, 0.0
+    elements = 2 * settings.pack_tokens / layout.context * shape.num_kv_heads * shape.head_dim / layout.tensor
+    seconds = (layout.context - 1) * elements / _link(gpu, layout.tensor * layout.context, layout.context)
+    if settings.overlap_context:
+        return (EXPOSED_TENSOR * seconds * settings.weight_bytes,) * 2
+    return seconds * settings.weight_bytes, seconds * FLOAT32_BYTES
 
 
 def _link(gpu: Gpu, span: int, members: int) -> float:
@@ -221,18 +254,14 @@ def head_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings
     hidden_bytes = tokens * shape.hidden_size * settings.weight_bytes
     exchange = 2 * hidden_bytes / _link(gpu, layout.tensor, layout.tensor) if layout.tensor > 1 else 0.0
     repeated = 1 if settings.recompute_logits else 0
-    return PassTime(products + 2 * epilogue, (_backward_products(settings) + repeated) * products + 2 * epilogue, exchange)
+    return PassTime(products + 2 * epilogue, (_backward_products(settings) + repeated) * products + 2 * epilogue, exchange, exchange / 2)
 
 
 def stage_times(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> list[PassTime]:
     """One micro-batch on each pipeline rank: its layers, and on the last rank the head."""
     layer = layer_time(shape, layout, settings, gpu)
-    counts = [layout.layers_of_rank(shape.num_layers, rank) for rank in range(layout.pipeline)]
-    stages = [PassTime(count * layer.forward, count * layer.backward, count * layer.communication) for count in counts]
-    head = head_time(shape, layout, settings, gpu)
-    last = stages[-1]
-    stages[-1] = PassTime(last.forward + head.forward, last.backward + head.backward, last.communication + head.communication)
-    return stages
+    *others, last = (layer.times(layout.layers_of_rank(shape.num_layers, rank)) for rank in range(layout.pipeline))
+    return [*others, last + head_time(shape, layout, settings, gpu)]
 
 
 def step_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> StepTime:
@@ -261,7 +290,7 @@ def step_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings
 def forward_only_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:
     """A forward-only pass of the same packs: the reference phase and scoring."""
     stages = stage_times(shape, layout, settings, gpu)
-    totals = [stage.forward + stage.communication / _EXCHANGES[settings.recompute] for stage in stages]
+    totals = [stage.forward + stage.forward_communication for stage in stages]
     sends = _pipeline_seconds(shape, layout, settings, gpu) / 2
     return scheduled_batches(layout, settings.micro_batches) * max(totals) + (sum(totals) - max(totals)) / layout.virtual_pipeline + sends
 
@@ -293,11 +322,20 @@ def _elements(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings
 
 
 def _optimizer_seconds(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> float:
-    """The update reads and writes its state once, and reads the gradients twice (norm, update); memory-bound."""
+    """The update reads and writes its state once, and reads the gradients twice (norm, update); memory-bound. What is offloaded follows."""
     seconds = 0.0
     for rank in (0, layout.pipeline - 1):
         state = state_bytes(shape, layout, settings, rank)
         updated = state.gradients * settings.weight_bytes // settings.gradient_bytes
         moved = 2 * state.optimizer + 2 * state.gradients + updated
-        seconds = max(seconds, moved / (gpu.memory_bandwidth * MEMORY_SHARE))
+        seconds = max(seconds, moved / (gpu.memory_bandwidth * MEMORY_SHARE) + _host_seconds(state, settings, gpu))
     return seconds
+
+
+def _host_seconds(state: StateBytes, settings: TrainSettings, gpu: Gpu) -> float:
+    """The update of what is offloaded: gradients come down beside it, tensor after tensor; a tensor's weights go up after its own."""
+    elements = state.host / (settings.optimizer_bytes + FLOAT32_BYTES)
+    rate = min(gpu.host_memory_bandwidth * HOST_MEMORY_SHARE, settings.host_threads * HOST_THREAD_BANDWIDTH)
+    down = elements * FLOAT32_BYTES / (gpu.host_bandwidth * PCIE_SHARE)
+    up = elements * settings.weight_bytes / (gpu.host_bandwidth * PAGEABLE_SHARE)
+    return max(elements * HOST_UPDATE_BYTES[settings.optimizer] / rate, down) + up

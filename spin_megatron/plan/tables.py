@@ -7,7 +7,7 @@ from rich.table import Table
 from spin_megatron.plan.command import Plan
 from spin_megatron.plan.duration import IterationTime, gpu_hours
 from spin_megatron.plan.hardware import GIGA
-from spin_megatron.plan.layouts import Candidate, Refusal, by_recompute, describe, usable_bytes
+from spin_megatron.plan.layouts import Candidate, Refusal, by_recompute, describe, usable_bytes, with_offload
 from spin_megatron.plan.memory import RankMemory, chunks_in_flight
 from spin_megatron.plan.parameters import count_parameters
 from spin_megatron.plan.shape import ParallelLayout
@@ -15,7 +15,7 @@ from spin_megatron.plan.shape import ParallelLayout
 # Wide enough for every column, so that a plan in a file or a pipe is not cut.
 _WIDTH = 132
 _REFUSED_SHOWN = 8
-_LAYOUT_COLUMNS = ("TP", "PP", "VP", "DP", "EP", "recompute", "GB/GPU")
+_LAYOUT_COLUMNS = ("TP", "PP", "VP", "CP", "DP", "EP", "recompute", "GB/GPU")
 _RATE_COLUMNS = ("pairs/update", "s/update", "tokens/s/GPU", "MFU", "bubble", "pairs/s")
 _MEMORY_COLUMNS = ("G parameters", "weights", "gradients", "optimizer", "activations", "head", "buffers", "context", "total", "of usable")
 _STAGE_COLUMNS = ("engine", "generate", "reference", "train", "checkpoints", "export", "evaluate", "total")
@@ -38,7 +38,8 @@ def print_plan(plan: Plan, *, top: int, show_refused: bool) -> None:
         for warning in plan.warnings:
             console.print(f"[bold]Note:[/bold] {escape(warning)}", soft_wrap=True)
     else:
-        console.print(f"[bold]No layout of {plan.num_gpus} {plan.question.gpu.name} fits.[/bold]")
+        cure = with_offload(plan.question, plan.num_gpus)
+        console.print(f"[bold]No layout of {plan.num_gpus} {plan.question.gpu.name} fits[/bold]{cure}.", soft_wrap=True)
     _print_refusals(console, plan.search.refusals, everything=show_refused or not candidates)
 
 
@@ -66,6 +67,7 @@ def _layouts_table(plan: Plan, top: int) -> Table:
             f"{layout.tensor}{' SP' if layout.sequence else ''}",
             f"{layout.pipeline}{' uneven' if layout.stage_layers else ''}",
             str(layout.virtual_pipeline),
+            str(layout.context),
             str(layout.data),
             str(layout.expert),
             candidate.settings.recompute,
@@ -97,13 +99,15 @@ def _memory_table(plan: Plan) -> Table:
     usable = usable_bytes(plan.question.gpu)
     table = Table(title=f"Memory, GB a GPU; {usable / GIGA:.1f} may be used of {plan.question.gpu.name}")
     table.add_column("pipeline rank")
-    for name in _MEMORY_COLUMNS:
+    has_host = any(memory.state.host for memory in plan.ranks)
+    for name in (*_MEMORY_COLUMNS, *(["host"] if has_host else [])):
         table.add_column(name, justify="right")
     for label, memory in _chosen_ranks(plan.ranks):
         state = memory.state
         parts = (state.weights, state.gradients, state.optimizer, memory.activations, memory.head, memory.communication, memory.context)
         cells = [f"{part / GIGA:.2f}" for part in parts]
-        table.add_row(label, f"{state.num_parameters / GIGA:.3f}", *cells, f"{memory.total / GIGA:.2f}", f"{memory.total / usable:.0%}")
+        cells += [f"{memory.total / GIGA:.2f}", f"{memory.total / usable:.0%}", *([f"{state.host / GIGA:.2f}"] if has_host else [])]
+        table.add_row(label, f"{state.num_parameters / GIGA:.3f}", *cells)
     return table
 
 
@@ -175,5 +179,5 @@ def _print_refusals(console: Console, refusals: list[Refusal], *, everything: bo
 
 def _short(layout: ParallelLayout) -> str:
     """A layout without its virtual stages."""
-    expert = f" EP{layout.expert}" if layout.expert > 1 else ""
-    return f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}{expert}"
+    more = "".join(f" {name}{size}" for name, size in (("CP", layout.context), ("EP", layout.expert)) if size > 1)
+    return f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}{more}"

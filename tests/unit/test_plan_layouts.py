@@ -69,7 +69,7 @@ def question(shape: ModelShape = LLAMA3_70B, *, gpu: str = "h100", pairs: int = 
 
 
 def test_every_layout_has_as_many_ranks_as_gpus_and_every_split_of_them_is_tried() -> None:
-    layouts = list(enumerate_layouts(LLAMA3_8B, 16, find_gpu("h100")))
+    layouts = list(enumerate_layouts(LLAMA3_8B, 16, find_gpu("h100"), pack_tokens=4096))
     assert {layout.world_size for layout in layouts} == {16}
     assert len(set(layouts)) == len(layouts)
     assert {(layout.tensor, layout.pipeline) for layout in layouts} == {
@@ -80,8 +80,40 @@ def test_every_layout_has_as_many_ranks_as_gpus_and_every_split_of_them_is_tried
 
 
 def test_expert_ranks_divide_experts_and_data_ranks() -> None:
-    layouts = [layout for layout in enumerate_layouts(MIXTRAL, 8, find_gpu("h100")) if layout.tensor == layout.pipeline == 1]
+    layouts = [
+        layout for layout in enumerate_layouts(MIXTRAL, 8, find_gpu("h100"), pack_tokens=4096) if layout.tensor == layout.pipeline == 1
+    ]
     assert [layout.expert for layout in layouts] == [1, 2, 4, 8]
+
+
+def test_context_ranks_are_tried_where_each_keeps_4096_tokens_of_a_pack() -> None:
+    layouts = list(enumerate_layouts(LLAMA3_8B, 16, find_gpu("h100"), pack_tokens=4 * 4096))
+    assert {layout.world_size for layout in layouts} == {16}
+    assert {layout.context for layout in layouts if layout.tensor == layout.pipeline == 1} == {1, 2, 4}
+    assert {layout.context for layout in enumerate_layouts(LLAMA3_8B, 16, find_gpu("h100"), pack_tokens=8191)} == {1}
+
+
+def test_a_long_pack_that_one_rank_cannot_hold_is_split_over_context_ranks() -> None:
+    # 65536 tokens of Llama-3-8B on one rank: even the layers' inputs, 32 x 8 KiB a token, are 17 GB beside 128 GB / 8 of state.
+    asked = question(LLAMA3_8B)
+    long = replace(asked, settings=replace(asked.settings, pack_tokens=65536), global_batch_pairs=1024)
+    best = search(long, 8).candidates[0]
+    assert best.layout.context > 1
+    assert "context=" in describe(best)
+    assert isinstance(try_layout(long, best.layout, recompute=best.settings.recompute), Candidate)
+
+
+def test_the_optimizer_in_the_host_s_memory_is_named_where_it_makes_a_model_fit() -> None:
+    asked = question(optimizer="rmsprop")
+    # 70.55 G / 16 ranks: 26.5 GB of weights and gradients, and 35.3 GB of main weights and squares.
+    layout = ParallelLayout(tensor=8, pipeline=2, sequence=True)
+    crowded = replace(asked, gpu=find_gpu("a100-40gb"))
+    with pytest.raises(ValueError, match=r"no layout of 16 GPUs fits; .* or optimizer\.offload_fraction=1, with which this fits: tensor="):
+        check_fits(crowded, layout, "full")
+    offloaded = replace(crowded, settings=replace(crowded.settings, offload_fraction=1.0))
+    fits = check_fits(offloaded, layout, "full")
+    assert fits.memory.state.optimizer == 0
+    assert fits.memory.state.host == fits.memory.state.num_parameters * 12
 
 
 def test_the_best_layout_fits_on_every_rank_and_is_the_fastest() -> None:

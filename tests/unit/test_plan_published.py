@@ -112,6 +112,7 @@ def tuned_settings(run: Run) -> TrainSettings:
         fused_gradients=True,
         recompute_logits=False,
         overlap_tensor=True,
+        overlap_context=True,
         overlap_pipeline=True,
         overlap_data=True,
     )

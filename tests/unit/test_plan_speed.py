@@ -184,3 +184,27 @@ def test_a_run_adds_up_its_stages() -> None:
 def test_a_checkpoint_of_70b_with_adamw_is_a_terabyte() -> None:
     assert checkpoint_bytes(LLAMA3_70B, "adamw") == 14 * 70_553_706_496
     assert checkpoint_bytes(LLAMA3_70B, "rmsprop") == 10 * 70_553_706_496
+
+
+def test_context_ranks_wait_for_all_keys_and_for_their_gradients_in_fp32() -> None:
+    # Keys and values of 8 groups x 128 for the 2048 tokens of the other rank: 2 bytes each forward, 4 backward, at 0.7 of NVLink's rate.
+    layout = ParallelLayout(context=2)
+    gathered = 2 * 2048 * 8 * 128 / (450e9 * 0.7)
+    times = {mode: layer_time(LLAMA3_8B, layout, replace(SETTINGS, recompute=mode), H100) for mode in ("none", "selective", "full")}
+    assert times["none"].forward_communication == pytest.approx(2 * gathered)
+    assert times["none"].communication == times["selective"].communication == pytest.approx(6 * gathered)
+    assert times["full"].communication == pytest.approx(8 * gathered), "the forward is made again"
+    ring = layer_time(LLAMA3_8B, layout, replace(SETTINGS, overlap_context=True), H100)
+    assert ring.communication == pytest.approx(0.45 * 4 * gathered)
+
+
+@pytest.mark.parametrize(("threads", "seconds"), [(4, 38 / 40e9), (8, 38 / (77e9 * 0.75))])
+def test_an_offloaded_update_takes_the_host_s_memory_or_its_cores_and_the_way_back(threads: int, seconds: float) -> None:
+    # AdamW of 8.03 G parameters over 8 data ranks, half of them: 38 bytes an element on the host, and 2 up from memory that is not pinned.
+    layout = ParallelLayout(data=8)
+    settings = replace(SETTINGS, distributed_optimizer=True, host_threads=threads)
+    whole, half = (step_time(LLAMA3_8B, layout, replace(settings, offload_fraction=share), H100) for share in (0.0, 0.5))
+    elements = 8.03e9 / 8 / 2
+    saved = 2 * 12 * elements / (3350e9 * 0.75)
+    assert half.optimizer - whole.optimizer == pytest.approx(elements * (seconds + 2 / (50e9 * 0.25)) - saved, rel=1e-3)
+    assert half.compute == whole.compute
