@@ -4,8 +4,12 @@
 writes whole parts as it goes and goes on where a killed run stopped. A cache belongs to one identity (weights, packs,
 precision, layout, library versions, hardware); any other identity empties it, because only bits that the same computation
 would give again make step-0 margins exactly 0.
+
+Packs are walked step by step as the first epoch trains them. With experts spread over data-parallel ranks an expert multiplies the
+tokens of several ranks' packs at once, and the last bits of its product depend on which packs meet there.
 """
 
+import itertools
 import json
 import logging
 import platform
@@ -26,13 +30,13 @@ from spin_megatron.mcore.runtime import Runtime
 from spin_megatron.mcore.steps import gather_over_data, score_packs
 from spin_megatron.mcore.training import agreed_by_first_rank
 from spin_megatron.objective.logprobs import sequence_sums
-from spin_megatron.run.manifest import installed_versions, write_json
+from spin_megatron.run.manifest import digest_values, installed_versions, write_json
 from spin_megatron.run.records import Pack, ReferenceScore, SpinPair, read_all, read_rows, write_rows
 from spin_megatron.run.telemetry import Advance, progress_bar
 
 logger = logging.getLogger(__name__)
 
-PACKS_PER_PART = 128
+PACKS_PER_PART = 128  # about: a part holds whole steps
 _IDENTITY_NAME = "IDENTITY.json"
 
 
@@ -77,8 +81,15 @@ class PackedPairs:
         return assign_ranks(packs, data_parallel, costs=costs)[data_rank]
 
 
-def numerics(runtime: Runtime, dtype: torch.dtype, fp8: Fp8 | None = None) -> dict[str, Any]:
-    """What decides a log-prob's last bits besides weights and packs. Data parallelism does not: a pack is computed by one copy."""
+def numerics(runtime: Runtime, dtype: torch.dtype, fp8: Fp8 | None = None, *, steps: Sequence[Sequence[Pack]]) -> dict[str, Any]:
+    """What decides a log-prob's last bits besides weights and packs.
+
+    Data parallelism and the order of packs decide nothing where a pack is computed by one copy of the model, as all are without
+    experts over ranks.
+
+    Args:
+        steps: the steps that the packs are scored by.
+    """
     layout = runtime.layout
     facts = {
         "dtype": str(dtype).removeprefix("torch."),
@@ -86,21 +97,28 @@ def numerics(runtime: Runtime, dtype: torch.dtype, fp8: Fp8 | None = None) -> di
         "layout": [layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.sequence, layout.context, layout.expert],
         "versions": installed_versions(),
     }
+    if layout.expert > 1:
+        facts["meetings"] = digest_values([layout.data, *([pack.pack_id for pack in step] for step in steps)])
     if runtime.device.type == "cuda":
         return facts | {"hardware": torch.cuda.get_device_name(runtime.device), "cuda": torch.version.cuda}
     return facts | {"hardware": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads()}
 
 
 def score_pairs(
-    chunks: Sequence[nn.Module], packed: PackedPairs, packs: Sequence[Pack], runtime: Runtime, *, advance: Advance | None = None
+    chunks: Sequence[nn.Module],
+    packed: PackedPairs,
+    steps: Sequence[Sequence[Pack]],
+    runtime: Runtime,
+    *,
+    advance: Advance | None = None,
 ) -> list[ReferenceScore] | None:
     """Log-prob sums of the packs' pairs, in the packs' order, on rank 0; None on other ranks. Collective.
 
     Args:
-        packs: of packed.packs.
+        steps: of packed.packs; those of a step are dealt to the data-parallel ranks as an update deals them.
         advance: called on each rank once for each pack it computes.
     """
-    mine = packed.share_of(packs, runtime.layout.data, runtime.data_rank)
+    mine = [pack for step in steps for pack in packed.share_of(step, runtime.layout.data, runtime.data_rank)]
     batches = [packed.batch(pack) for pack in mine]
     logps = score_packs(chunks, batches, runtime, advance=advance)
     own = [score for batch, logp_R in zip(batches, logps, strict=False) for score in _scores(batch, logp_R)]
@@ -108,7 +126,7 @@ def score_pairs(
     if gathered is None:
         return None
     by_id = {score.pair_id: score for scores in gathered for score in scores}
-    return [by_id[pair_id] for pack in packs for pair_id in pack.pair_ids]
+    return [by_id[pair_id] for step in steps for pack in step for pair_id in pack.pair_ids]
 
 
 def _scores(batch: PackBatch, logp_R: torch.Tensor) -> list[ReferenceScore]:
@@ -139,6 +157,7 @@ def claim_cache(folder: Path, identity: Mapping[str, Any], runtime: Runtime) -> 
 def cached_scores(
     path: Path,
     packed: PackedPairs,
+    steps: Sequence[Sequence[Pack]],
     chunks: Sequence[nn.Module],
     runtime: Runtime,
     *,
@@ -149,31 +168,36 @@ def cached_scores(
     """Scores of all pairs, from `path` or computed and written there; the same list on all ranks. Collective.
 
     Args:
-        path: the finished file, in a folder that `claim_cache` claimed.
+        path: the finished file, in a folder that `claim_cache` claimed; its rows are in the order of packed.packs.
+        steps: all of packed.packs, see `score_pairs`.
         stop_requested: polled on rank 0 after each part.
 
     Returns:
         None when it was stopped; the parts that are done are kept.
     """
-    starts = range(0, len(packed.packs), PACKS_PER_PART)
-    parts = [path.with_name(f"{path.stem}_{number:05d}.parquet") for number in range(len(starts))]
-    is_done = _known_to_first_rank([path, *parts], runtime)
-    num_done = sum(min(PACKS_PER_PART, len(packed.packs) - start) for start, done in zip(starts, is_done[1:], strict=True) if done)
-    if not is_done[0]:
-        own_share = -(-len(packed.packs) // runtime.layout.data)
-        with progress_bar(description, own_share, done=num_done // runtime.layout.data, show=show) as advance:
-            for part, start, done in zip(parts, starts, is_done[1:], strict=True):
+    steps_per_part = max(1, PACKS_PER_PART // max((len(step) for step in steps), default=1))
+    parts = [steps[start : start + steps_per_part] for start in range(0, len(steps), steps_per_part)]
+    # Named by what they hold: a run that goes on at another data-parallel size has other steps.
+    held = [digest_values([pack.pack_id for step in part for pack in step]) for part in parts]
+    files = [path.with_name(f"{path.stem}_{digest[:16]}.parquet") for digest in held]
+    is_whole, *is_done = _known_to_first_rank([path, *files], runtime)
+    if not is_whole:
+        own_packs = [sum(-(-len(step) // runtime.layout.data) for step in part) for part in parts]
+        num_done = sum(itertools.compress(own_packs, is_done))
+        with progress_bar(description, sum(own_packs), done=num_done, show=show) as advance:
+            for file, part, done in zip(files, parts, is_done, strict=True):
                 if done:
                     continue
-                scores = score_pairs(chunks, packed, packed.packs[start : start + PACKS_PER_PART], runtime, advance=advance)
+                scores = score_pairs(chunks, packed, part, runtime, advance=advance)
                 if scores is not None:
-                    write_rows(part, scores, ReferenceScore)
+                    write_rows(file, scores, ReferenceScore)
                 if agreed_by_first_rank(stop_requested(), runtime):
                     return None
         if runtime.rank == 0:
-            write_rows(path, read_all(parts, ReferenceScore), ReferenceScore)
-            for part in parts:
-                part.unlink()
+            by_id = {score.pair_id: score for score in read_all(files, ReferenceScore)}
+            write_rows(path, [by_id[pair_id] for pack in packed.packs for pair_id in pack.pair_ids], ReferenceScore)
+            for file in path.parent.glob(f"{path.stem}_*.parquet"):
+                file.unlink()
         dist.barrier()
     return read_rows(path, ReferenceScore)
 

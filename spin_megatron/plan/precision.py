@@ -90,8 +90,8 @@ def check_precision(
             )
     if layout.expert > 1 and name == "fp8-tensorwise":
         raise ValueError(
-            f'parallel.expert={layout.expert} with train.precision="{name}": the tokens that meet at an expert share one scale, and which '
-            "packs meet there differs between the reference pass and a step, so margins would not start at 0; use "
+            f'parallel.expert={layout.expert} with train.precision="{name}": the tokens that meet at an expert share one scale, and from '
+            "the second epoch on other packs meet there than in the reference pass, which margins would show; use "
             '"fp8-blockwise", or parallel.expert = 1.'
         )
     most = min(layout.layers_of_rank(shape.num_layers, rank) for rank in (0, layout.pipeline - 1))

@@ -67,7 +67,7 @@ def _score_held_out(context: StageContext) -> list[ReferenceScore] | None:
         load_huggingface(chunks, folder, shape, runtime, show=context.show)
         own_share = -(-len(held_out.packs) // runtime.layout.data)
         with progress_bar("evaluate (held-out packs)", own_share, show=context.show) as advance:
-            return score_pairs(chunks, held_out, held_out.packs, runtime, advance=advance)
+            return score_pairs(chunks, held_out, [held_out.packs], runtime, advance=advance)
 
 
 def compare(

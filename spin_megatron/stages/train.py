@@ -1,7 +1,7 @@
 """train: theta_{t+1} from theta_t and the pairs, in two phases on the same modules.
 
-1. Reference: every train and held-out pair is scored under theta_t, forward-only, with the packs, layout and precision of
-   phase 2; the sums are cached.
+1. Reference: every train and held-out pair is scored under theta_t, forward-only, with the packs, their order in the first epoch,
+   the layout and the precision of phase 2; the sums are cached.
 2. Updates: the SPIN loss against the cached sums, epoch after epoch over the frozen packs in a new order. Before the first
    update all margins must be exactly 0.
 
@@ -172,7 +172,8 @@ def _add_adapters(job: _Job, chunks: Sequence[SpinModel], shape: ModelShape) -> 
 def _reference_phase(job: _Job, chunks: Sequence[SpinModel]) -> dict[str, ReferenceScore] | None:
     """Phase 1: log-prob sums of all pairs under theta_t, by pair id, of the train pairs; None when stopped."""
     layout, t = job.context.layout, job.context.iteration
-    claim_cache(layout.reference(t), {**job.inputs, **numerics(job.runtime, job.dtype, job.fp8)}, job.runtime)
+    steps = _step_plan(job, job.train).epoch(0)
+    claim_cache(layout.reference(t), {**job.inputs, **numerics(job.runtime, job.dtype, job.fp8, steps=steps)}, job.runtime)
     parts = (
         (layout.held_out_reference_scores(t), job.held_out, "reference log-probs (held-out packs)"),
         (layout.reference_scores(t), job.train, "reference log-probs (packs)"),
@@ -182,6 +183,7 @@ def _reference_phase(job: _Job, chunks: Sequence[SpinModel]) -> dict[str, Refere
         scores = cached_scores(
             path,
             packed,
+            _step_plan(job, packed).epoch(0),
             chunks,
             job.runtime,
             description=description,
@@ -202,7 +204,7 @@ def _update_phase(job: _Job, trainer: Trainer, references: dict[str, ReferenceSc
     progress = Progress() if newest is None else checkpoint.load_training(newest, trainer, runtime, recipe=job.recipe)
     if newest is not None:
         logger.info("resumed from %s after %d steps", newest, progress.step)
-    plan = _step_plan(job)
+    plan = _step_plan(job, job.train)
     past = _past_steps(context, progress)
     guard = _guard(context, past)
     skipped_in_row = sum(1 for _ in takewhile(lambda row: row["skipped"], reversed(past)))
@@ -246,10 +248,10 @@ def _guard(context: StageContext, past: Sequence[dict[str, Any]]) -> Guard:
     return Guard(Limits(**settings.limits()), on_excess=settings.on_excess, window=settings.window, beta=beta, past=past)
 
 
-def _step_plan(job: _Job) -> StepPlan:
+def _step_plan(job: _Job, packed: PackedPairs) -> StepPlan:
     context = job.context
     return StepPlan(
-        packs=job.train.packs,
+        packs=packed.packs,
         pairs_per_step=context.config.train.global_batch_pairs,
         data_parallel=job.runtime.layout.data,
         seed=row_seed(context.config.run.seed, "train", context.iteration, "order of packs"),
@@ -330,7 +332,7 @@ def _finish(job: _Job, chunks: Sequence[SpinModel]) -> None:
     """Write the final weights and what they say of a few held-out pairs."""
     layout, t = job.context.layout, job.context.iteration
     checkpoint.save_weights(layout.final_weights(t), chunks, job.runtime, recipe=job.recipe)
-    scores = score_pairs(chunks, job.held_out, job.held_out.packs[:1], job.runtime)
+    scores = score_pairs(chunks, job.held_out, [job.held_out.packs[:1]], job.runtime)
     if scores is not None:
         write_rows(layout.probe(t), scores[:NUM_PROBE_PAIRS], ReferenceScore)
 

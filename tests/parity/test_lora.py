@@ -87,9 +87,9 @@ def test_adapters_change_no_bit_before_the_first_update(models: dict[str, Path],
     shape, packed = ModelShape.from_huggingface(models["llama2"]), packed_pairs()
     chunks = build_model(shape, runtime, dtype=dtype)
     load_huggingface(chunks, models["llama2"], shape, runtime, show=False)
-    without = score_pairs(chunks, packed, packed.packs, runtime)
+    without = score_pairs(chunks, packed, [packed.packs], runtime)
     add_adapters(chunks, LORA, runtime)
-    assert score_pairs(chunks, packed, packed.packs, runtime) == without
+    assert score_pairs(chunks, packed, [packed.packs], runtime) == without
 
 
 def _fill_b(bench: Bench) -> dict[str, torch.Tensor]:

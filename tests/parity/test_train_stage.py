@@ -94,9 +94,9 @@ def test_a_second_call_finds_the_work_done(undisturbed: RunLayout, monkeypatch: 
     assert run_train(undisturbed).summary["steps"] == len(steps_of(undisturbed))
 
 
-# Polled after each reference part (one of held-out packs, two of train packs), then after each update.
+# Polled after each reference part (one of held-out packs, three of train packs), then after each update.
 @pytest.mark.parametrize(
-    ("polls", "num_steps"), [(2, 0), (4, 1), (6, 3)], ids=["during the reference", "after the first update", "between checkpoints"]
+    ("polls", "num_steps"), [(2, 0), (5, 1), (7, 3)], ids=["during the reference", "after the first update", "between checkpoints"]
 )
 def test_stopped_and_started_again_it_ends_with_the_same_bits(
     undisturbed: RunLayout, tmp_path: Path, polls: int, num_steps: int, monkeypatch: pytest.MonkeyPatch
@@ -236,9 +236,9 @@ def test_the_final_weights_are_those_that_the_probe_was_scored_with(undisturbed:
     with running(ParallelLayout(), device="cpu", seed=1) as runtime:
         chunks = build_model(shape, runtime, dtype=torch.float32)
         load_huggingface(chunks, undisturbed.theta(0), shape, runtime, show=False)
-        before = score_pairs(chunks, held_out, held_out.packs[:1], runtime)
+        before = score_pairs(chunks, held_out, [held_out.packs[:1]], runtime)
         load_weights(undisturbed.final_weights(0), chunks)
-        after_training = score_pairs(chunks, held_out, held_out.packs[:1], runtime)
+        after_training = score_pairs(chunks, held_out, [held_out.packs[:1]], runtime)
     assert before is not None
     assert after_training is not None
     assert after_training[: len(probe)] == probe

@@ -63,7 +63,8 @@ def make_bench(
     if lora is not None:
         add_adapters(chunks, lora, runtime)
     packed = packed or packed_pairs()
-    scores: list = [score_pairs(chunks, packed, packed.packs, runtime)]
+    steps = [packed.packs[start : start + PACKS_PER_STEP] for start in range(0, len(packed.packs), PACKS_PER_STEP)]
+    scores: list = [score_pairs(chunks, packed, steps, runtime)]
     torch.distributed.broadcast_object_list(scores, src=0)
     # Small enough that the head of a tiny model has a bucket of its own, as a real one has.
     trainer = build_trainer(chunks, rule, overlap=overlap, bucket_elements=8_000 if overlap else None)

@@ -59,7 +59,7 @@ def test_matrices_must_be_multiples_of_what_the_tensor_cores_take() -> None:
         check_precision("mxfp8", replace(EXPERTS, expert_ffn_hidden_size=1520), ParallelLayout(tensor=2), pack_tokens=4096)
 
 
-def test_a_scale_shared_by_the_packs_that_meet_at_an_expert_is_refused() -> None:
+def test_a_scale_shared_with_other_packs_in_each_epoch_is_refused() -> None:
     layout = ParallelLayout(data=2, expert=2)
     with pytest.raises(ValueError, match=r'parallel\.expert=2 with train\.precision="fp8-tensorwise": .*use "fp8-blockwise"'):
         check_precision("fp8-tensorwise", EXPERTS, layout, pack_tokens=4096)

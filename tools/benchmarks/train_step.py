@@ -61,7 +61,7 @@ def our_side(work: dict[str, Any]) -> dict[str, Any]:
         shape = ModelShape.from_huggingface(folder)
         chunks = build_model(shape, runtime, dtype=dtype, recompute=work["recompute"])
         load_huggingface(chunks, folder, shape, runtime, show=False)
-        scores = score_pairs(chunks, packed, packed.packs, runtime)
+        scores = score_pairs(chunks, packed, [packed.packs], runtime)
         assert scores is not None
         references = {score.pair_id: score for score in scores}
         trainer = build_trainer(chunks, UpdateRule("adamw", max_grad_norm=1.0))
