@@ -56,6 +56,13 @@ class SavedTensor:
             yield from group
 
 
+def _enum_member(kind: type, name: str) -> Any:
+    """What Python 3.11.0 to 3.11.3 (Debian 12's) pickle the member of an enum as, getattr(kind, name), for the one enum of an index."""
+    if kind is not metadata._MEM_FORMAT_ENCODING:  # noqa: SLF001 (pickled by torch)
+        raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r}) has no place in a checkpoint's index")
+    return metadata._MEM_FORMAT_ENCODING[name]  # noqa: SLF001
+
+
 class _IndexUnpickler(pickle.Unpickler):
     """Unpickles a torch_dist index: plain containers and the types below, nothing that could run code."""
 
@@ -76,6 +83,7 @@ class _IndexUnpickler(pickle.Unpickler):
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,  # noqa: SLF001 (pickled by torch)
         ("torch.serialization", "_get_layout"): lambda name: {"torch.strided": torch.strided}[name],
         ("torch", "Size"): torch.Size,
+        ("builtins", "getattr"): _enum_member,
         ("collections", "OrderedDict"): dict,
         ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
         ("pathlib._local", "PosixPath"): lambda *parts: "/".join(parts),  # Python 3.13

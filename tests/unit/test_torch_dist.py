@@ -1,5 +1,6 @@
 """Hugging Face -> torch_dist -> Hugging Face, bit for bit, interrupted, out of space, damaged and from strangers."""
 
+import copyreg
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from spin_megatron.convert import torch_dist, torch_dist_writer
 from spin_megatron.convert.families import FAMILIES
@@ -251,6 +253,33 @@ def test_even_a_trusted_index_cannot_run_code(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not a torch_dist index that is understood here \(posix.system has no place"):
         SavedCheckpoint(tmp_path, trust=True)
     assert not marker.exists()
+
+
+class Reach:
+    """getattr on anything but the one enum of an index leads out of it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (getattr, (torch.Size, "__class__"))
+
+
+def test_an_index_whose_enums_were_pickled_by_getattr_is_read_and_getattr_reaches_nothing_else(tmp_path: Path) -> None:
+    write_model(tmp_path / "source", SHAPE)
+    to_megatron(tmp_path / "source", tmp_path / "megatron")
+    expected = SavedCheckpoint(tmp_path / "megatron").tensors
+    index = tmp_path / "megatron" / ".metadata"
+    with open(index, "rb") as handle:
+        values = pickle.load(handle)
+    with open(index, "wb") as handle:
+        pickler = pickle.Pickler(handle)
+        # As Python 3.11.0 to 3.11.3 do it by themselves.
+        by_name = {_MEM_FORMAT_ENCODING: lambda member: (getattr, (_MEM_FORMAT_ENCODING, member.name))}
+        pickler.dispatch_table = {**copyreg.dispatch_table, **by_name}
+        pickler.dump(values)
+    assert b"getattr" in index.read_bytes()
+    assert SavedCheckpoint(tmp_path / "megatron", trust=True).tensors == expected
+    index.write_bytes(pickle.dumps(Reach()))
+    with pytest.raises(ValueError, match=r"getattr\(<class 'torch.Size'>, '__class__'\) has no place in a checkpoint's index"):
+        SavedCheckpoint(tmp_path / "megatron", trust=True)
 
 
 def test_unfinished_foreign_and_truncated_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
