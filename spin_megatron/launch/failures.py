@@ -21,6 +21,8 @@ from spin_megatron.run.layout import RunLayout
 MAX_SUBMISSION_FAILURES = 50
 # What Slurm writes into a job's log when it ends the job for a reason that settings cure; whoever would have told it then dies with it.
 _ENDED_BY_SLURM = re.compile(r"error: (.*(?:DUE TO TIME LIMIT|oom.kill).*)", re.IGNORECASE)
+# What else a job's log says of a rank that did not get to a log of its own (no container, no module), or was killed.
+_ERROR = re.compile(r"^(?!.*Exited with exit code).*error.*$", re.IGNORECASE | re.MULTILINE)
 
 
 def record_failure(layout: RunLayout, ref: StageRef | str, *, job: str, restart: int, reason: str) -> None:
@@ -37,7 +39,7 @@ def record_stop(layout: RunLayout, ref: StageRef) -> None:
 def record_submission(layout: RunLayout, missing: Sequence[StageRef]) -> None:
     """A person who submits starts all counts anew. missing: the stages that are not done."""
     _append(layout, {"event": "submitted", "ref": ""})
-    manifests.write_json(layout.slurm_progress, {"progress": _progress_of_all(layout, missing), "barren": 0})
+    manifests.write_json(layout.slurm_progress, {"progress": _progress_of_all(layout, missing), "barren": 0, "chain": ""})
 
 
 def submission_name(missing: Sequence[StageRef]) -> str:
@@ -54,12 +56,16 @@ def _append(layout: RunLayout, event: Mapping[str, str | int]) -> None:
         os.fsync(handle.fileno())
 
 
-def count_barren(layout: RunLayout, missing: Sequence[StageRef]) -> int:
-    """Chains in a row after which no stage had got further: none finished, no new part, no new checkpoint. Counts one more chain."""
+def count_barren(layout: RunLayout, missing: Sequence[StageRef], *, chain: str) -> None:
+    """Count a chain that is over, once, if no stage got further by it: none finished, no new part, no new checkpoint.
+
+    Args:
+        chain: the job of its last link, which may come back several times.
+    """
     progress, seen = _progress_of_all(layout, missing), _read_progress(layout)
-    barren = int(seen["barren"]) + 1 if progress == seen["progress"] else 0
-    manifests.write_json(layout.slurm_progress, {"progress": progress, "barren": barren})
-    return barren
+    if chain != seen.get("chain"):
+        barren = int(seen["barren"]) + 1 if progress == seen["progress"] else 0
+        manifests.write_json(layout.slurm_progress, {"progress": progress, "barren": barren, "chain": chain})
 
 
 def _progress_of_all(layout: RunLayout, missing: Sequence[StageRef]) -> str:
@@ -107,9 +113,15 @@ def read_events(layout: RunLayout) -> list[dict[str, str]]:
     return events
 
 
-def last_error(logs: Path) -> str:
-    """The last error in an attempt's logs, or what its absence means."""
-    return last_logged_error(logs) or "no error was logged: the process was killed from outside, or its node died"
+def last_error(logs: Path, job_log: Path) -> str:
+    """The last error in an attempt's logs, else the last lines of errors in its job's, or what their absence means."""
+    told = _ERROR.findall(job_log.read_text(encoding="utf-8", errors="replace")) if job_log.exists() else []
+    return last_logged_error(logs) or "; ".join(told[-3:]) or "no error was logged: the process was killed from outside, or its node died"
+
+
+def job_log(layout: RunLayout, ref: StageRef, element: str) -> Path:
+    """Where an element of a stage (JOB_TASK, or a pattern) writes what Slurm and srun say, and what its ranks print."""
+    return log_folder(layout, replace(ref, shard=None)) / f"slurm_{element}.log"
 
 
 def last_logged_error(logs: Path) -> str | None:
@@ -129,9 +141,8 @@ def last_logged_error(logs: Path) -> str | None:
 
 def slurms_reason(layout: RunLayout, ref: StageRef) -> str | None:
     """Why Slurm itself ended a job of the stage last, where that was its time limit or its memory."""
-    element = "*" if ref.shard is None else ref.shard
-    logs = log_folder(layout, replace(ref, shard=None)).glob(f"slurm_*_{element}.log")
-    oldest_first = sorted(logs, key=lambda path: path.stat().st_mtime)
+    pattern = job_log(layout, ref, "*" if ref.shard is None else f"*_{ref.shard}")
+    oldest_first = sorted(pattern.parent.glob(pattern.name), key=lambda path: path.stat().st_mtime)
     found = [words for path in oldest_first for words in _ENDED_BY_SLURM.findall(path.read_text(encoding="utf-8", errors="replace"))]
     return found[-1] if found else None
 

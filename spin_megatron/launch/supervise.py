@@ -28,10 +28,12 @@ from spin_megatron.launch.failures import (
     MAX_SUBMISSION_FAILURES,
     count_barren,
     failures_in_a_row,
+    job_log,
     last_error,
     progress_of,
     record_failure,
     record_stop,
+    stop_reason,
     submission_name,
 )
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, new_attempt
@@ -101,7 +103,7 @@ def _refs(config: RunConfig, link: str, iteration: int) -> list[StageRef]:
 
 
 def advance(config: RunConfig, layout: RunLayout, element: Element) -> int:
-    """Submit what is still missing; stop when the run is complete, or several chains in a row got nothing further."""
+    """Submit what is still missing; stop when the run is complete, or tried often enough."""
     missing = missing_stages(config, layout)
     if not missing:
         stop, theta = early_stop(config, layout), layout.theta(newest_theta(config, layout))
@@ -110,11 +112,14 @@ def advance(config: RunConfig, layout: RunLayout, element: Element) -> int:
     name = submission_name(missing)
     try:
         others = active_jobs(layout).keys() - {element.name}
-        if any(name.partition("_")[0] == element.array_job_id for name in others) and element.task_id:
+        other_slots = {name for name in others if name.partition("_")[0] == element.array_job_id}
+        if other_slots and element.task_id:
             logger.info("the first slot goes on itself; nothing to do")
             return DONE
-        if not others and (barren := count_barren(layout, missing)) >= config.slurm.max_failures:
-            logger.error("%d chains in a row got nothing further; stopped. See: spin-megatron status %r", barren, str(layout.root))
+        if others == other_slots:
+            count_barren(layout, missing, chain=element.array_job_id)
+        if (reason := stop_reason(config, layout)) is not None:
+            logger.error("stopped: %s", reason)
             return FAILED
         submit(config, layout, scripts=layout.slurm, own_job=element.array_job_id)
     except (ValueError, StageIncomplete) as error:  # a full queue, a controller that is away: wait, and come back
@@ -142,7 +147,7 @@ def supervise(config: RunConfig, layout: RunLayout, ref: StageRef, element: Elem
     if manifests.read_manifest(folder_of(layout, ref)) is not None:
         return DONE
     if code in (BAD_INPUT, INCOMPLETE):
-        record_failure(layout, ref, job=element.name, restart=element.restart, reason=f"exit code {code}: {last_error(step.logs)}")
+        record_failure(layout, ref, job=element.name, restart=element.restart, reason=step.failure(code))
         return code
     if step.was_stopped(code) or _is_preempted(element):
         logger.info("%s was stopped from outside; requeueing %s", ref, element.name)
@@ -168,8 +173,8 @@ class _Step:
         # Stages that start over take their time in one piece (an export of 140 GB, a benchmark); Slurm's time limit ends those.
         self._beats = STAGES[ref.name].resumes
         self._stop_file, self._heartbeat = layout.stop_file(*names), layout.heartbeat(*names)
-        self.logs = new_attempt(log_folder(layout, ref))
-        self._words = step_command(config, layout, ref, self.logs)
+        self._logs, self._job_log = new_attempt(log_folder(layout, ref)), job_log(layout, ref, element.name)
+        self._words = step_command(config, layout, ref, self._logs)
         self._environment = dict(os.environ, MASTER_ADDR=_first_host(), MASTER_PORT=str(20000 + int(element.job_id) % 10000))
 
     def run(self) -> int:
@@ -204,7 +209,7 @@ class _Step:
         if self._was_asked_to_stop and code == STOPPED:
             name = self._ref.name
             return f"its time limit came before it had kept anything new; raise slurm.stages.{name}.time, or lower slurm.signal_seconds"
-        return self._hung or f"exit code {code}: {last_error(self.logs)}"
+        return self._hung or f"exit code {code}: {last_error(self._logs, self._job_log)}"
 
     def _watch(self, process: "subprocess.Popen[bytes]") -> None:
         if not self._beats:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -138,16 +139,15 @@ def newest_checkpoint(run: ClusterRun) -> int:
     return max(int(path.parent.name.removeprefix("step_")) for path in run.layout.checkpoints(0).glob(f"step_*/{COMPLETE_NAME}"))
 
 
-def test_generation_survives_every_fault_with_the_same_pairs(cluster: Cluster, undisturbed: RunLayout, tmp_path: Path) -> None:
-    """Training is kept from the undisturbed run, so the pairs alone are made anew."""
-    run = ClusterRun(cluster, fork(undisturbed, tmp_path / "run", removed=("generate", "merge")))
+def test_generation_survives_every_fault(cluster: Cluster, undisturbed: RunLayout, tmp_path: Path) -> None:
+    run = ClusterRun(cluster, fork(undisturbed, tmp_path / "run", removed=("generate", "merge", "train", "export")))
     first, second = SHARDS
 
     # Two people start it at once: one chain is submitted.
     words = ["bash", str(SPIN_ITER), str(run.layout.root), *PREEMPTABLE]
     both = [subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(timeout=300) for process in both] == [0, 0]
-    assert [job.link for job in read_jobs(run.layout.slurm_jobs(0))] == ["generate", "merge", "advance"]
+    assert [job.link for job in read_jobs(run.layout.slurm_jobs(0))] == ["generate", "merge", "train", "export", "advance"]
     array = run.newest_job("generate")
 
     # kill -9 of an element's process, and a person who requeues the other element.
@@ -170,15 +170,16 @@ def test_generation_survives_every_fault_with_the_same_pairs(cluster: Cluster, u
     with held(run.layout.submit_lock, Owner.this_process(), what="the submission", stale_seconds=60, wait_seconds=60):
         run.wait(lambda: bool(run.shell_pids(slot)), "the link that goes on")
         signal_all(run.shell_pids(slot), signal.SIGKILL)
-    # Its three links are recorded one by one.
-    run.wait(lambda: len(read_jobs(run.layout.slurm_jobs(0))) >= 6, "a new chain for the lost element")
+    # Its five links are recorded one by one.
+    run.wait(lambda: len(read_jobs(run.layout.slurm_jobs(0))) >= 10, "a new chain for the lost element")
     array = run.newest_job("generate")
-    assert [job.array for job in read_jobs(run.layout.slurm_jobs(0))][3:] == ["1%8", "0-0", "0-1%1"], "only what was lost"
+    chain = [job.array for job in read_jobs(run.layout.slurm_jobs(0))][5:]
+    assert chain == ["1%8", "0-0", "0-2%1", "0-0", "0-1%1"], "only what was lost, and what waits for it"
 
     # There, preemption; then a person cancels the element, and starts the run again while its chain is still queued, and later.
     run.preempt_element(*run.catch(second))
     run.slurm("scancel", *run.catch(second))
-    assert run.submit(*PREEMPTABLE) in (0, 3), "nothing while jobs are under way, a chain afterwards"
+    assert run.submit(*PREEMPTABLE) in (0, 5), "nothing while jobs are under way, a chain afterwards"
 
     run.finish()
     assert_same_result(run.layout, undisturbed, iterations=1)
@@ -213,6 +214,25 @@ def test_every_stage_survives_a_requeue_and_preemption(
         num_ranks = 4 if ref.name in ("train", "evaluate") else 1
         for disturb in (run.requeue, run.preempt_element):
             disturb(*run.catch(ref, count=num_ranks))
+    run.finish()
+    assert_same_result(run.layout, undisturbed, iterations=1)
+
+
+def test_a_stage_that_always_fails_ends_the_run_at_its_cap_and_says_why(
+    cluster: Cluster, undisturbed: RunLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ClusterRun(cluster, fork(undisturbed, tmp_path / "run", removed=("generate", "merge")))
+    monkeypatch.setenv("SPIN_RANK_PYTHON", f"{sys.executable} -S")  # finds nothing that is installed
+    run.submit("--set", "slurm.max_failures=2")
+    run.wait(lambda: not run.queued(), "the end of a run that cannot go on")
+    assert len(run.job_ids()) == 3, "one chain"
+    reason = why_stopped(*open_as_changed(run.layout.root))
+    assert reason is not None
+    assert reason.startswith("generate 0 shard 0 failed 2 times in a row, last: exit code 1: ")
+    assert "No module named" in reason
+
+    monkeypatch.delenv("SPIN_RANK_PYTHON")
+    run.submit()
     run.finish()
     assert_same_result(run.layout, undisturbed, iterations=1)
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from spin_megatron.cli import main
 from spin_megatron.config import RunConfig
-from spin_megatron.launch.failures import failures_in_a_row, last_logged_error, progress_of, stop_reason
+from spin_megatron.launch.failures import failures_in_a_row, last_error, last_logged_error, progress_of, stop_reason
 from spin_megatron.launch.slurm import SubmittedJob
 from spin_megatron.pipeline import StageRef, line, log_folder
 from spin_megatron.report import status
@@ -67,6 +67,14 @@ def test_the_exception_below_an_error_line_is_the_error(tmp_path: Path) -> None:
     _, layout = some_run(tmp_path)
     assert last_logged_error(log_folder(layout, StageRef("generate", 0, 0)) / "latest") == "MemoryError: no room for 4 GB"
     assert last_logged_error(tmp_path / "nothing there") is None
+
+
+def test_what_kept_a_rank_from_a_log_of_its_own_is_found_in_its_jobs(tmp_path: Path) -> None:
+    job_log = tmp_path / "slurm_7_0.log"
+    assert last_error(tmp_path, job_log).startswith("no error was logged: the process was killed")
+    refused = "slurmstepd-n1: error: pyxis: failed to import docker image: megatron.sqsh"
+    job_log.write_text(f"pyxis: importing\n{refused}\nsrun: error: n1: task 0: Exited with exit code 1\n", encoding="utf-8")
+    assert last_error(tmp_path, job_log) == refused
 
 
 def test_a_run_at_its_failure_cap_says_which_stage_and_why(tmp_path: Path) -> None:

@@ -143,21 +143,47 @@ def test_the_second_slot_leaves_a_requeued_first_one_its_work_and_replaces_a_kil
     assert links_of(layout)[1:] == ["merge", "train", "export", "evaluate", "advance"]
 
 
-def test_chains_that_made_a_checkpoint_are_not_barren(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
+def only_the_last_link(layout: RunLayout, programs: Scripted) -> Element:
+    """What a chain leaves when all else has ended: its last link's first slot, and the second one that is queued behind it."""
+    job = read_jobs(layout.slurm_jobs(0))[-1]
+    assert job.link == "advance"
+    programs.queue = [f"{job.job_id}|{job.job_id}_0|RUNNING|x", f"{job.job_id}|{job.job_id}_1|PENDING|x"]
+    return Element(job.job_id, job.job_id, 0, 0)
+
+
+def test_chains_that_made_a_checkpoint_are_not_barren_and_others_end_the_run(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
     config, layout, programs = started
     submit(config, layout)
     for step in range(4):
-        programs.queue = []
         (layout.checkpoints(0) / f"step_{step}").mkdir(parents=True)
-        assert advance(config, layout, FIRST_SLOT) == 0
-    codes = []
-    for _ in range(config.slurm.max_failures):
-        programs.queue = []
-        codes.append(advance(config, layout, FIRST_SLOT))
+        assert advance(config, layout, only_the_last_link(layout, programs)) == 0
+    codes = [advance(config, layout, only_the_last_link(layout, programs)) for _ in range(config.slurm.max_failures)]
     assert codes == [0, 0, 1]
     reason = stop_reason(config, layout)
     assert reason is not None
     assert reason.startswith("3 chains of jobs in a row got nothing further")
+    programs.queue = [programs.queue[1]]
+    assert advance(config, layout, SECOND_SLOT) == 1, "its second slot does not go on either"
+
+
+def test_a_last_link_that_comes_back_to_a_full_queue_counts_its_chain_once(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
+    config, layout, programs = started
+    submit(config, layout)
+    programs.refusals = dict.fromkeys(range(1000), "job submit limit")
+    element = only_the_last_link(layout, programs)
+    assert [advance(config, layout, element) for _ in range(config.slurm.max_failures + 2)] == [75] * 5
+    programs.refusals = {}
+    assert advance(config, layout, element) == 0
+
+
+def test_a_stage_at_its_failure_cap_is_not_submitted_again(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
+    config, layout, programs = started
+    submit(config, layout)
+    for restart in range(config.slurm.max_failures):
+        record_failure(layout, StageRef("merge", 0), job="100_0", restart=restart, reason="no room")
+    num_sbatch = programs.num_sbatch
+    assert advance(config, layout, only_the_last_link(layout, programs)) == 1
+    assert programs.num_sbatch == num_sbatch
 
 
 @pytest.mark.parametrize(
