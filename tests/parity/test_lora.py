@@ -1,6 +1,5 @@
 """LoRA: nothing changes before the first update, gradients equal an independent implementation's, and layouts agree."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,29 +19,28 @@ from spin_megatron.mcore.training import Objective, train_step
 from spin_megatron.objective import logprobs
 from spin_megatron.plan.adapters import MODULES, AdapterShape
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
-from tests.parity.gloo import meeting_ports, run_ranks
 from tests.parity.tiny_models import make_tiny_model, response_logps
-from tests.parity.updates import LEARNING_RATE, Bench, make_bench, make_steps, numbers_of, packed_pairs
+from tests.parity.updates import LEARNING_RATE, Bench, Case, Subject, assert_layouts_agree, make_bench, make_steps, packed_pairs
 
 ALL = AdapterShape(4, ("qkv", "proj", "fc1", "fc2"))
 LORA = Lora(ALL, scale=2.0, seed=3, iteration=0)
 ATTENTION = replace(LORA, shape=AdapterShape(4, ("qkv", "proj")))
 RULE = UpdateRule("adamw", weight_decay=0.1, max_grad_norm=1.0)
 MODELS = {"llama2": LORA, "qwen3_tied": replace(LORA, shape=AdapterShape(3, ("qkv", "fc2"))), "mixtral": ATTENTION}
-DENSE = ("llama2", "qwen3_tied")
-NUM_STEPS = 3
-WORLD = 4  # one set of processes runs all layouts
-# (layout, with the distributed optimizer, models)
-LAYOUTS = {
-    "dp": (ParallelLayout(data=4), True, DENSE),
-    "tp": (ParallelLayout(tensor=2, data=2), True, DENSE),
-    "tp beyond the kv heads": (ParallelLayout(tensor=4), False, ("qwen3_tied",)),
-    "tp, sequence parallel": (ParallelLayout(tensor=2, data=2, sequence=True), False, DENSE),
-    "pp": (ParallelLayout(pipeline=2, data=2), True, DENSE),
-    "pp, virtual stages": (ParallelLayout(pipeline=2, data=2, virtual_pipeline=2), False, DENSE),
-    "tp, sequence parallel and pp": (ParallelLayout(tensor=2, pipeline=2, sequence=True), False, DENSE),
-    "cp": (ParallelLayout(data=2, context=2), True, ("llama2",)),
-    "ep": (ParallelLayout(tensor=2, data=2, expert=2, sequence=True), True, ("mixtral",)),
+DENSE, EXPERTS = ("llama2", "qwen3_tied"), ("mixtral",)
+CASES = {
+    "dp": Case(ParallelLayout(data=4), DENSE, is_distributed=True),
+    "tp": Case(ParallelLayout(tensor=2, data=2), DENSE, is_distributed=True),
+    "tp beyond the kv heads": Case(ParallelLayout(tensor=4), ("qwen3_tied",)),
+    "tp, sequence parallel": Case(ParallelLayout(tensor=2, data=2, sequence=True), DENSE),
+    "tp, sequence parallel, overlapped, recomputed": Case(
+        ParallelLayout(tensor=2, data=2, sequence=True), ("llama2",), is_distributed=True, overlap=True, recompute="selective"
+    ),
+    "pp": Case(ParallelLayout(pipeline=2, data=2), DENSE, is_distributed=True),
+    "pp, virtual stages": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2), DENSE),
+    "tp, sequence parallel and pp": Case(ParallelLayout(tensor=2, pipeline=2, sequence=True), DENSE, recompute="full"),
+    "cp": Case(ParallelLayout(data=2, context=2), ("llama2",), is_distributed=True),
+    "ep": Case(ParallelLayout(tensor=2, data=2, expert=2, sequence=True), EXPERTS, is_distributed=True),
 }
 
 
@@ -57,29 +55,9 @@ def runtime() -> Iterator[Runtime]:
         yield started
 
 
-def _all_layouts(models: dict[str, Path], ports: list[int]) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    found = {}
-    for (name, (layout, is_distributed, chosen)), port in zip(LAYOUTS.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        with running(layout, device="cpu", seed=1) as runtime:
-            for model in chosen:
-                bench = make_bench(models[model], replace(RULE, is_distributed=is_distributed), runtime, lora=MODELS[model])
-                found[name, model] = numbers_of(make_steps(bench, range(NUM_STEPS)))
-    return found
-
-
 @pytest.mark.timeout(600)
 def test_loss_and_gradient_norm_equal_one_process_on_every_layout(models: dict[str, Path]) -> None:
-    expected = {}
-    with running(ParallelLayout(), device="cpu", seed=1) as runtime:
-        for model, folder in models.items():
-            expected[model] = numbers_of(make_steps(make_bench(folder, RULE, runtime, lora=MODELS[model]), range(NUM_STEPS)))
-    with meeting_ports(len(LAYOUTS)) as ports:
-        results = run_ranks(_all_layouts, WORLD, models, ports, timeout=500)
-    for (layout, model), steps in results[0].items():
-        for number, (found, wanted) in enumerate(zip(steps, expected[model], strict=True)):
-            assert found == pytest.approx(wanted, rel=1e-5), f"{layout}, {model}, step {number}"
-    assert all(result == results[0] for result in results), "all ranks are told the same numbers"
+    assert_layouts_agree({name: Subject(models[name], RULE, lora) for name, lora in MODELS.items()}, CASES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -1,9 +1,8 @@
 """Updates: the same loss and gradient norm on every layout, the optimizers by hand, and what happens to numbers that are not finite."""
 
 import math
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,55 +13,73 @@ from spin_megatron.mcore.optimizer_state import slots
 from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.mcore.training import Objective, train_step
 from spin_megatron.plan.shape import ParallelLayout
-from tests.parity.gloo import meeting_ports, run_ranks
 from tests.parity.tiny_models import make_tiny_model
-from tests.parity.updates import LEARNING_RATE, Bench, make_bench, make_steps, numbers_of, packed_pairs, weight_bits
+from tests.parity.updates import (
+    LEARNING_RATE,
+    NUM_STEPS,
+    Bench,
+    Case,
+    Subject,
+    assert_layouts_agree,
+    make_bench,
+    make_steps,
+    packed_pairs,
+    weight_bits,
+)
 
 ADAMW = UpdateRule("adamw", weight_decay=0.1, max_grad_norm=1.0)
 RMSPROP = UpdateRule("rmsprop")
-NUM_STEPS = 3
 # The first update of either rule is learning rate x g / (|g| + epsilon): with a tiny epsilon a gradient that is 0 but for rounding
 # moves its weight as far as any other, and layouts drift apart by 3e-5 in a step. The root mean square of g is 0.02 here.
 LAYOUT_EPSILON = 1e-3
-WORLD = 4  # one set of processes runs all layouts
 # name -> (kind of tiny model, layers, rule)
 MODELS = {"llama2": ("llama2", 4, ADAMW), "tied": ("qwen3_tied", 6, RMSPROP), "mixtral": ("mixtral", 4, ADAMW)}
-DENSE = ("llama2", "tied")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layout, how it is run, and the models it is tried on."""
-
-    layout: ParallelLayout
-    models: tuple[str, ...] = DENSE
-    is_distributed: bool = False
-    overlap: bool = False
-
+LLAMA, TIED, EXPERTS = (("llama2",), ("tied",), ("mixtral",))
+DENSE = (*LLAMA, *TIED)
+PIPELINED = ParallelLayout(pipeline=2, data=2, virtual_pipeline=2)
+UNEVEN = (2, 2, 1, 1)  # layers of the tied model's virtual stages
 
 CASES = {
-    "dp": Case(ParallelLayout(data=4)),
-    "dp, distributed optimizer": Case(ParallelLayout(data=4), is_distributed=True),
-    "dp, overlapped": Case(ParallelLayout(data=4), overlap=True),
-    "dp, distributed optimizer, overlapped": Case(ParallelLayout(data=4), is_distributed=True, overlap=True),
-    "tp": Case(ParallelLayout(tensor=2, data=2), is_distributed=True),
-    "tp, sequence parallel": Case(ParallelLayout(tensor=2, data=2, sequence=True)),
-    "pp": Case(ParallelLayout(pipeline=2, data=2), is_distributed=True),
-    "pp, uneven stages": Case(ParallelLayout(pipeline=2, data=2, stage_layers=(3, 1)), ("llama2",)),
-    # Four micro-batches: only then does a stage send an activation and a gradient to the same rank at a time.
-    "tp, pp, virtual stages": Case(ParallelLayout(tensor=2, pipeline=2, virtual_pipeline=2), ("llama2",)),
-    "pp, uneven virtual stages": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2, stage_layers=(2, 2, 1, 1)), ("tied",)),
-    "tp and pp": Case(ParallelLayout(tensor=2, pipeline=2)),
-    "pp, virtual stages, overlapped": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2), ("llama2",), True, overlap=True),
-    "cp": Case(ParallelLayout(context=4)),
-    "cp and dp, overlapped": Case(ParallelLayout(data=2, context=2), ("llama2",), is_distributed=True, overlap=True),
-    "cp, tp, sequence parallel": Case(ParallelLayout(tensor=2, context=2, sequence=True)),
-    "cp, pp, uneven virtual stages": Case(
-        ParallelLayout(pipeline=2, context=2, virtual_pipeline=2, stage_layers=(2, 2, 1, 1)), ("tied",), is_distributed=True
+    "dp": Case(ParallelLayout(data=4), DENSE),
+    "dp, distributed optimizer": Case(ParallelLayout(data=4), DENSE, is_distributed=True),
+    "dp, overlapped": Case(ParallelLayout(data=4), DENSE, overlap=True),
+    "dp, distributed optimizer, overlapped": Case(ParallelLayout(data=4), DENSE, is_distributed=True, overlap=True),
+    "tp": Case(ParallelLayout(tensor=2, data=2), DENSE, is_distributed=True),
+    "tp, sequence parallel": Case(ParallelLayout(tensor=2, data=2, sequence=True), DENSE),
+    "tp, sequence parallel, overlapped, recomputed": Case(
+        ParallelLayout(tensor=2, data=2, sequence=True), TIED, is_distributed=True, overlap=True, recompute="selective"
     ),
-    "cp and ep": Case(ParallelLayout(context=2, data=2, expert=2), ("mixtral",)),
-    "ep": Case(ParallelLayout(tensor=2, data=2, expert=2, sequence=True), ("mixtral",), is_distributed=True),
-    "ep, overlapped": Case(ParallelLayout(data=4, expert=2), ("mixtral",), is_distributed=True, overlap=True),
+    "pp": Case(ParallelLayout(pipeline=2, data=2), DENSE, is_distributed=True),
+    "pp, uneven stages": Case(ParallelLayout(pipeline=2, data=2, stage_layers=(3, 1)), LLAMA),
+    # Four micro-batches: only then does a stage send an activation and a gradient to the same rank at a time.
+    "tp, pp, virtual stages": Case(ParallelLayout(tensor=2, pipeline=2, virtual_pipeline=2), LLAMA),
+    "pp, uneven virtual stages": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2, stage_layers=UNEVEN), TIED),
+    "pp, virtual stages, recomputed": Case(PIPELINED, LLAMA, is_distributed=True, recompute="full"),
+    "tp and pp": Case(ParallelLayout(tensor=2, pipeline=2), DENSE),
+    "pp, virtual stages, overlapped": Case(PIPELINED, LLAMA, is_distributed=True, overlap=True),
+    "cp": Case(ParallelLayout(context=4), DENSE),
+    "cp and dp, overlapped": Case(ParallelLayout(data=2, context=2), LLAMA, is_distributed=True, overlap=True),
+    "cp, tp, sequence parallel": Case(ParallelLayout(tensor=2, context=2, sequence=True), DENSE),
+    "cp, tp, recomputed": Case(ParallelLayout(tensor=2, context=2, sequence=True), LLAMA, is_distributed=True, recompute="full"),
+    "cp, pp, uneven virtual stages": Case(
+        ParallelLayout(pipeline=2, context=2, virtual_pipeline=2, stage_layers=UNEVEN), TIED, is_distributed=True
+    ),
+    "cp and ep": Case(ParallelLayout(context=2, data=2, expert=2), EXPERTS),
+    "ep": Case(ParallelLayout(tensor=2, data=2, expert=2, sequence=True), EXPERTS, is_distributed=True),
+    "ep, overlapped": Case(ParallelLayout(data=4, expert=2), EXPERTS, is_distributed=True, overlap=True),
+    "ep over all ranks, recomputed": Case(ParallelLayout(data=4, expert=4), EXPERTS, recompute="selective"),
+    "ep and pp, virtual stages": Case(replace(PIPELINED, expert=2), EXPERTS, is_distributed=True, recompute="full"),
+}
+# Three kinds at a time, as large runs have them.
+CASES_OF_8 = {
+    "tp, pp, dp": Case(ParallelLayout(tensor=2, pipeline=2, data=2, sequence=True), LLAMA, is_distributed=True),
+    "tp, cp, dp": Case(ParallelLayout(tensor=2, context=2, data=2, sequence=True), LLAMA, is_distributed=True, overlap=True),
+    "tp, pp, ep": Case(
+        ParallelLayout(tensor=2, pipeline=2, data=2, virtual_pipeline=2, expert=2, sequence=True),
+        EXPERTS,
+        is_distributed=True,
+        recompute="selective",
+    ),
 }
 
 
@@ -80,32 +97,13 @@ def runtime() -> Iterator[Runtime]:
         yield started
 
 
-def _all_layouts(models: dict[str, Path], ports: list[int]) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    found = {}
-    for (name, case), port in zip(CASES.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        with running(case.layout, device="cpu", seed=1) as runtime:
-            for model in case.models:
-                rule = replace(MODELS[model][-1], is_distributed=case.is_distributed, epsilon=LAYOUT_EPSILON)
-                bench = make_bench(models[model], rule, runtime, overlap=case.overlap)
-                found[name, model] = numbers_of(make_steps(bench, range(NUM_STEPS)))
-    return found
-
-
 @pytest.mark.timeout(600)
-def test_loss_and_gradient_norm_equal_one_process_on_every_layout(models: dict[str, Path]) -> None:
-    expected = {}
-    with running(ParallelLayout(), device="cpu", seed=1) as runtime:
-        for model, folder in models.items():
-            bench = make_bench(folder, replace(MODELS[model][-1], epsilon=LAYOUT_EPSILON), runtime)
-            expected[model] = numbers_of(make_steps(bench, range(NUM_STEPS)))
-    with meeting_ports(len(CASES)) as ports:
-        results = run_ranks(_all_layouts, WORLD, models, ports, timeout=500)
-    for (layout, model), steps in results[0].items():
-        # Summed in another order: 1e-7 a step.
-        for number, (found, wanted) in enumerate(zip(steps, expected[model], strict=True)):
-            assert found == pytest.approx(wanted, rel=1e-5), f"{layout}, {model}, step {number}"
-    assert all(result == results[0] for result in results), "all ranks are told the same numbers"
+@pytest.mark.parametrize(("world_size", "cases"), [(4, CASES), (8, CASES_OF_8)], ids=["4 ranks", "8 ranks"])
+def test_loss_and_gradient_norm_equal_one_process_on_every_layout(
+    models: dict[str, Path], world_size: int, cases: dict[str, Case]
+) -> None:
+    subjects = {name: Subject(models[name], replace(rule, epsilon=LAYOUT_EPSILON)) for name, (_, _, rule) in MODELS.items()}
+    assert_layouts_agree(subjects, cases, world_size=world_size)
 
 
 def test_one_big_micro_batch_gives_the_loss_and_gradients_of_many_small_ones(models: dict[str, Path], runtime: Runtime) -> None:

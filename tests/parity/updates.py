@@ -1,10 +1,12 @@
-"""What the tests of training and of its checkpoints share: a tiny model in training on a few fixed steps."""
+"""What tests of updates share: a tiny model in training on a few fixed steps, and layouts held to one process."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from spin_megatron.data.batches import pair_tokens
@@ -13,15 +15,17 @@ from spin_megatron.mcore.lora import Lora, add_adapters
 from spin_megatron.mcore.model import Recompute, build_model, load_huggingface
 from spin_megatron.mcore.optimizer import Trainer, UpdateRule, build_trainer, gather_weights
 from spin_megatron.mcore.reference import PackedPairs, score_pairs
-from spin_megatron.mcore.runtime import Runtime
+from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.mcore.training import Judge, Objective, StepOutcome, train_step
-from spin_megatron.plan.shape import ModelShape
+from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.run.records import Pack, ReferenceScore
+from tests.parity.gloo import meeting_ports, run_ranks
 from tests.parity.tiny_models import make_pairs
 
 PACK_TOKENS = 96
 PACKS_PER_STEP = 4  # divides among 1, 2 and 4 data-parallel ranks
 LEARNING_RATE = 1e-3
+NUM_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -107,3 +111,59 @@ def weight_bits(trainer: Trainer) -> dict[str, str]:
         for index, chunk in enumerate(trainer.chunks)
         for name, parameter in chunk.module.named_parameters()
     }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained on every layout."""
+
+    folder: Path
+    rule: UpdateRule
+    lora: Lora | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, how it is run, and the names of the subjects it is tried on."""
+
+    layout: ParallelLayout
+    names: tuple[str, ...]
+    is_distributed: bool = False
+    overlap: bool = False
+    recompute: Recompute = "none"
+
+
+def _updates(subject: Subject, case: Case, runtime: Runtime) -> list[tuple[float, float]]:
+    rule = replace(subject.rule, is_distributed=case.is_distributed)
+    bench = make_bench(subject.folder, rule, runtime, overlap=case.overlap, lora=subject.lora, recompute=case.recompute)
+    return numbers_of(make_steps(bench, range(NUM_STEPS)))
+
+
+def _on_all_layouts(
+    subjects: dict[str, Subject], cases: dict[str, Case], ports: list[int]
+) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    found = {}
+    for (title, case), port in zip(cases.items(), ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        with running(case.layout, device="cpu", seed=1) as runtime:
+            for name in case.names:
+                found[title, name] = _updates(subjects[name], case, runtime)
+    return found
+
+
+def assert_layouts_agree(subjects: Mapping[str, Subject], cases: Mapping[str, Case], *, world_size: int = 4) -> None:
+    """Loss and gradient norm of every update are one process's within 1e-5, and all ranks say the same.
+
+    One set of processes runs all cases. Margins of the first update are exactly 0 besides (train_step).
+    """
+    expected = {}
+    with running(ParallelLayout(), device="cpu", seed=1) as runtime:
+        for name in {name for case in cases.values() for name in case.names}:
+            expected[name] = _updates(subjects[name], Case(ParallelLayout(), (name,)), runtime)
+    with meeting_ports(len(cases)) as ports:
+        results = run_ranks(_on_all_layouts, world_size, dict(subjects), dict(cases), ports, timeout=500)
+    assert all(result == results[0] for result in results), "all ranks are told the same numbers"
+    for (title, name), steps in results[0].items():
+        # Summed in another order: 1e-7 a step.
+        for number, (found, wanted) in enumerate(zip(steps, expected[name], strict=True)):
+            assert found == pytest.approx(wanted, rel=1e-5), f"{title}, {name}, step {number}: {found}, one process has {wanted}"
