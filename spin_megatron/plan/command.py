@@ -28,8 +28,8 @@ DEFAULT_EXAMPLES = 50_000
 # The engine that decodes eagerly on one GPU, and those that are built before they are loaded.
 _EAGER_ENGINE = "builtin"
 _BUILT_ENGINES = ("trtllm-engine",)
-# Engines with in-flight batching run as many sequences as fit; vLLM starts at most this many (its default max_num_seqs).
-_IN_FLIGHT_BATCH = 256
+# Below so many requests at a time an engine with in-flight batching reads its weights for too few of them.
+_SMALL_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,15 @@ def _run_settings(config: RunConfig, question: Question, storage: Storage) -> tu
             f"generate.engine={engine} runs on one GPU, where this model's weights leave too little room; the times are those of an "
             "engine with tensor parallelism: set generate.engine to one (docs/engines.md)."
         )
+    if not is_eager and config.generate.batch_size < _SMALL_BATCH:
+        warnings.append(
+            f"generate.batch_size={config.generate.batch_size} is all that the engine computes at a time, and the times hold for that; "
+            "256 and more are usual for engines with in-flight batching."
+        )
     run = RunSettings(
         engine_kind="eager" if is_eager else "compiled",
         engine_is_built=engine in _BUILT_ENGINES,
-        max_batch=config.generate.batch_size if is_eager else max(config.generate.batch_size, _IN_FLIGHT_BATCH),
+        max_batch=config.generate.batch_size,
         save_every_steps=config.train.save_every_steps,
         storage=storage,
     )

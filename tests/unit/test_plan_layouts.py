@@ -243,6 +243,7 @@ def test_the_command_prints_tables_and_json_without_torch(tmp_path: Path) -> Non
     assert "Best: tensor=8 pipeline=4 data=1" in tables
     assert "Whole run:" in tables
     assert "generate.engine=builtin runs on one GPU" in tables
+    assert "generate.batch_size=16 is all that the engine computes at a time" in tables
     plan = json.loads(_plan([*options, "--json"]))
     assert plan["best"].startswith("tensor=8 pipeline=4 data=1")
     assert [memory["pipeline_rank"] for memory in plan["ranks"]] == [0, 1, 2, 3]
