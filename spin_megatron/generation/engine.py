@@ -101,11 +101,19 @@ class EngineSpec:
     environment: Environment = Environment()
 
 
+def never() -> bool:
+    """No stop is asked for."""
+    return False
+
+
 class Engine(Protocol):
     """An engine that is ready to answer. Use it as a context manager: some hold other processes."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[GeneratedRow]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Callable[[], bool] = never) -> Iterator[GeneratedRow]:
         """Answer every prompt once; rows come as they finish, in any order.
+
+        Args:
+            stop: asked between steps or answers, or a few times a second; once it holds no more rows come.
 
         Raises:
             ValueError: a prompt is empty, too long, repeated or has ids the model does not know (before any work).

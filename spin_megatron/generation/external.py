@@ -15,13 +15,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from spin_megatron.generation.engine import EngineSpec, Environment, Prompt, Sampling, check_prompts
+from spin_megatron.generation.engine import EngineSpec, Environment, Prompt, Sampling, check_prompts, never
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.manifest import digest_values, write_json, write_text
 from spin_megatron.run.records import FinishReason, GeneratedRow, TokenIds
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30.0
+_STOP_SECONDS = 10.0
 _TOLD_LINES = 20
 _NOT_FOUND = 127  # of env: there is no such program
 # What must not reach the worker's environment: our Python's paths and thread count; TensorRT-LLM's own engine cache, which is keyed
@@ -88,9 +89,11 @@ class Worker:
         folder.mkdir(parents=True, exist_ok=True)
         self._command = command
         self._result = folder / "result.json"
-        self._result.unlink(missing_ok=True)
+        self._stop = folder / "stop"
+        for left in (self._result, self._stop):
+            left.unlink(missing_ok=True)
         self._log = folder / "worker.log"
-        write_json(folder / "job.json", {"schema": SCHEMA, "result": str(self._result), **job})
+        write_json(folder / "job.json", {"schema": SCHEMA, "result": str(self._result), "stop": str(self._stop), **job})
         self._progress_at = time.monotonic()
         self._result_seen_at: float | None = None
         line = command.line(folder / "job.json")
@@ -150,6 +153,15 @@ class Worker:
             failure = f"none of {[*words, self._command.environment.python]} may be missing; correct [generate.environment]"
         tail = "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TOLD_LINES:])
         raise WorkerFailed(f"the worker failed: {failure}\nLast lines of {self._log}:\n{tail}")
+
+    def stop(self) -> None:
+        """Have the worker write what it has and leave, through a file, which reaches it behind any launcher; then see that it does."""
+        if self._process.poll() is None:
+            self._stop.touch()
+        deadline = time.monotonic() + _STOP_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        self.end()
 
     def end(self) -> None:
         """Ask the worker and all it started to end, and see that they do."""
@@ -219,26 +231,26 @@ class ExternalEngine:
         self._worker: Worker | None = None
         self._result: dict[str, Any] = {}
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[GeneratedRow]:
-        """See Engine.generate; rows come chunk by chunk."""
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Callable[[], bool] = never) -> Iterator[GeneratedRow]:
+        """See Engine.generate; rows come chunk by chunk. What a stopped worker had answered comes with the next attempt."""
         check_prompts(prompts, spec=self._spec, sampling=sampling, shape=self._shape)
-        return self._generate({prompt.example_id: prompt for prompt in prompts}, sampling)
+        return self._generate({prompt.example_id: prompt for prompt in prompts}, sampling, stop)
 
-    def _generate(self, waiting: dict[str, Prompt], sampling: Sampling) -> Iterator[GeneratedRow]:
+    def _generate(self, waiting: dict[str, Prompt], sampling: Sampling, stop: Callable[[], bool]) -> Iterator[GeneratedRow]:
         kept = self._work / f"sampling_{digest_values(vars(sampling))[:16]}"
         for folder in (chunks.parent for chunks in sorted(kept.glob("attempt_*/chunks"))):
             same = {prompt.example_id: prompt for prompt in _answered(folder, waiting)}
             for row in self._new_rows(folder, set(), same, sampling):
                 del waiting[row.example_id]
                 yield row
-        if not waiting:
+        if not waiting or stop():
             return
         attempt = kept / f"attempt_{time.time_ns()}"
-        yield from self._run(attempt, waiting, sampling)
-        if waiting:
+        yield from self._run(attempt, waiting, sampling, stop)
+        if waiting and not stop():
             raise RuntimeError(f"the worker ended well but left {len(waiting)} requests unanswered; see {attempt}")
 
-    def _run(self, attempt: Path, waiting: dict[str, Prompt], sampling: Sampling) -> Iterator[GeneratedRow]:
+    def _run(self, attempt: Path, waiting: dict[str, Prompt], sampling: Sampling, stop: Callable[[], bool]) -> Iterator[GeneratedRow]:
         """Start a worker for what is waiting and yield its rows as their chunks appear."""
         chunks = attempt / "chunks"
         attempt.mkdir(parents=True)
@@ -257,6 +269,9 @@ class ExternalEngine:
                 yield row
             if not is_running:
                 break
+            if stop():
+                self._worker.stop()
+                return
             time.sleep(_POLL_SECONDS)
         self._result = self._worker.result()
         if self._result["rows"] != num_requests:
@@ -295,4 +310,4 @@ class ExternalEngine:
     def close(self) -> None:
         """End the worker if it still runs (a stop was asked for)."""
         if self._worker is not None:
-            self._worker.end()
+            self._worker.stop()

@@ -16,7 +16,7 @@ Shape suffixes: N rows in flight, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from spin_megatron.generation.decoder import Decoder
-from spin_megatron.generation.engine import EngineSpec, Prompt, Provider, Sampling, check_options, check_prompts
+from spin_megatron.generation.engine import EngineSpec, Prompt, Provider, Sampling, check_options, check_prompts, never
 from spin_megatron.generation.sampling import draw_tokens, row_uniforms
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.records import FinishReason, GeneratedRow
@@ -113,16 +113,16 @@ class HfLoop:
         self._num_steps = 0
         self._num_step_rows = 0
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[GeneratedRow]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Callable[[], bool] = never) -> Iterator[GeneratedRow]:
         """Answer every prompt; rows come as they finish. See Engine.generate."""
         check_prompts(prompts, spec=self._spec, sampling=sampling, shape=self._shape)
-        return self._generate(prompts, sampling)
+        return self._generate(prompts, sampling, stop)
 
-    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[GeneratedRow]:
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Callable[[], bool]) -> Iterator[GeneratedRow]:
         waiting = iter(prompts)
         free_slots = list(reversed(range(self._spec.batch_size)))
         active: list[_Row] = []
-        while True:
+        while not stop():
             while free_slots and (prompt := next(waiting, None)) is not None:
                 row = _Row(prompt, free_slots.pop(), row_uniforms(prompt.seed, sampling.max_new_tokens).tolist())
                 self._append([row], self._decoder.prefill(prompt.token_ids, row.slot), sampling)

@@ -11,8 +11,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from spin_megatron.generation.built import CACHE_OPTION, build_once, engine_identity, require_identity
-from spin_megatron.generation.engine import Engine, EngineSpec, Prompt, Provider, Sampling, check_options, check_prompts
+from spin_megatron.generation.engine import Engine, EngineSpec, Prompt, Provider, Sampling, check_options, check_prompts, never
 from spin_megatron.generation.sampling import draw_tokens, row_uniforms
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.records import FinishReason, GeneratedRow
@@ -100,10 +101,10 @@ class OnnxEngine:
         self._spec = spec
         self._shape = ModelShape.from_huggingface(spec.model)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[GeneratedRow]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Callable[[], bool] = never) -> Iterator[GeneratedRow]:
         """See Engine.generate; rows come in the order of the prompts."""
         check_prompts(prompts, spec=self._spec, sampling=sampling, shape=self._shape)
-        return (self._answer(prompt, sampling) for prompt in prompts)
+        return (self._answer(prompt, sampling) for prompt in takewhile(lambda _prompt: not stop(), prompts))
 
     def _answer(self, prompt: Prompt, sampling: Sampling) -> GeneratedRow:
         parameters = self._genai.GeneratorParams(self._model)

@@ -18,13 +18,15 @@ import subprocess
 import sys
 import time
 import traceback
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 SCHEMA = 1
+WATCH = "--watch"
 PACKAGE = "tensorrt_llm"
+POLL_SECONDS = 1.0
 
 
 # ---- files: the same lines as in the other worker scripts
@@ -97,11 +99,11 @@ def gpus() -> list[dict[str, str]]:
 
 
 def probe(_job: dict[str, Any]) -> dict[str, Any]:
-    """What is installed here, without importing it."""
-    try:
-        return {"version": version(PACKAGE), "gpus": gpus(), "python": sys.version.split()[0]}
-    except PackageNotFoundError:
-        raise RuntimeError(f"{PACKAGE} is not installed in {sys.executable}; start the worker in its environment or container") from None
+    """What is installed here, found by what is imported: builds for other devices have names of their own. Nothing is imported."""
+    names = packages_distributions().get(PACKAGE)
+    if not names:
+        raise RuntimeError(f"{PACKAGE} is not installed in {sys.executable}; start the worker in its environment or container")
+    return {"version": version(names[0]), "gpus": gpus(), "python": sys.version.split()[0]}
 
 
 def check_expected(job: dict[str, Any]) -> None:
@@ -112,12 +114,28 @@ def check_expected(job: dict[str, Any]) -> None:
             raise RuntimeError(f"this job expects {name} {job['expected'][name]!r}, here is {value!r}; run build-engine on these machines")
 
 
+def failure(error: str) -> str:
+    """The result of a job that failed."""
+    return json.dumps({"schema": SCHEMA, "ok": False, "error": error}, indent=2)
+
+
+def watch(job: dict[str, Any]) -> int:
+    """Say in a dead worker's stead that it died: a launcher may wait for its other ranks for ever. Its end of our stdin dies with it."""
+    sys.stdin.buffer.read()
+    if not Path(job["result"]).exists():
+        write_whole(Path(job["result"]), failure("its process died without a word: killed, out of memory, or crashed in a library"))
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """Do the job and write its result; 0 when it is done."""
     path = Path(arguments[1])
     job = json.loads((path if path.exists() else Path(unquote(arguments[1]))).read_text(encoding="utf-8"))
     if job["schema"] != SCHEMA:
         raise SystemExit(f"job schema {job['schema']}, this worker knows {SCHEMA}: driver and worker are of different versions")
+    if WATCH in arguments:
+        return watch(job)
+    watcher = subprocess.Popen([sys.executable, *arguments, WATCH], stdin=subprocess.PIPE)
     # The folder of this script holds modules of ordinary names, which must not stand before installed ones.
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
@@ -125,13 +143,13 @@ def main(arguments: list[str]) -> int:
     try:
         facts = ACTIONS[job["action"]](job)
     except Exception as error:
-        failure = {"schema": SCHEMA, "ok": False, "error": f"{type(error).__name__}: {error}"}
-        write_whole(Path(job["result"]), json.dumps(failure, indent=2))
+        write_whole(Path(job["result"]), failure(f"{type(error).__name__}: {error}"))
         traceback.print_exc()
         # trtllm-llmapi-launch stops its other ranks only behind a command that went well; the result says that this one did not.
         return 0 if "TLLM_SPAWN_PROXY_PROCESS" in os.environ else 1
     result = {"schema": SCHEMA, "ok": True, "seconds": time.monotonic() - started, **facts}
     write_whole(Path(job["result"]), json.dumps(result, indent=2))
+    watcher.communicate()
     return 0
 
 
@@ -254,7 +272,7 @@ def open_torch(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 def sampler_arguments() -> tuple[dict[str, Any], bool]:
     """The keyword that chooses the C++ sampler in this release, and whether a request's seed will count.
 
-    The PyTorch sampler draws from one generator for the whole batch and ignores seeds, at least up to 1.2.
+    The PyTorch sampler draws from one generator for the whole batch and ignores seeds, and is the only one from 1.3.0rc26 on.
     """
     from tensorrt_llm.llmapi import TorchLlmArgs
 
@@ -288,19 +306,29 @@ def sampling_parameters(job: dict[str, Any], seed: int) -> Any:
 
 
 async def answer_all(llm: Any, job: dict[str, Any]) -> Chunks:
-    """Keep job["in_flight"] requests in the engine until all are answered; each is taken out when it is done, in any order."""
-    chunks, requests = Chunks(job), iter(read_requests(job))
+    """Keep job["in_flight"] requests in the engine until all are answered or a stop is asked for; each is taken out when it is done."""
+    chunks, requests, stop = Chunks(job), iter(read_requests(job)), Path(job["stop"])
 
     async def answer_some() -> None:
         for request in requests:
             chunks.in_flight(+1)
-            output = await llm.generate_async({"prompt_token_ids": request["prompt_ids"]}, sampling_parameters(job, request["seed"]))
+            answer = llm.generate_async({"prompt_token_ids": request["prompt_ids"]}, sampling_parameters(job, request["seed"]))
+            try:
+                output = await answer
+            except asyncio.CancelledError:
+                answer.abort()
+                raise
             chunks.in_flight(-1)
             chunks.add(finished(request["id"], output.outputs[0]))
 
+    answering = asyncio.gather(*(answer_some() for _ in range(job["in_flight"])))
     try:
-        await asyncio.gather(*(answer_some() for _ in range(job["in_flight"])))
+        while not answering.done() and not stop.exists():
+            await asyncio.wait([answering], timeout=POLL_SECONDS)
+        if answering.done():
+            answering.result()
     finally:
+        answering.cancel()
         chunks.write()
     return chunks
 

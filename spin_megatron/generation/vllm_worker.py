@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 import traceback
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 SCHEMA = 1
+WATCH = "--watch"
 PACKAGE = "vllm"
 
 
@@ -92,11 +93,11 @@ def gpus() -> list[dict[str, str]]:
 
 
 def probe(_job: dict[str, Any]) -> dict[str, Any]:
-    """What is installed here, without importing it."""
-    try:
-        return {"version": version(PACKAGE), "gpus": gpus(), "python": sys.version.split()[0]}
-    except PackageNotFoundError:
-        raise RuntimeError(f"{PACKAGE} is not installed in {sys.executable}; start the worker in its environment or container") from None
+    """What is installed here, found by what is imported: builds for other devices have names of their own. Nothing is imported."""
+    names = packages_distributions().get(PACKAGE)
+    if not names:
+        raise RuntimeError(f"{PACKAGE} is not installed in {sys.executable}; start the worker in its environment or container")
+    return {"version": version(names[0]), "gpus": gpus(), "python": sys.version.split()[0]}
 
 
 def check_expected(job: dict[str, Any]) -> None:
@@ -107,12 +108,28 @@ def check_expected(job: dict[str, Any]) -> None:
             raise RuntimeError(f"this job expects {name} {job['expected'][name]!r}, here is {value!r}; run build-engine on these machines")
 
 
+def failure(error: str) -> str:
+    """The result of a job that failed."""
+    return json.dumps({"schema": SCHEMA, "ok": False, "error": error}, indent=2)
+
+
+def watch(job: dict[str, Any]) -> int:
+    """Say in a dead worker's stead that it died: a launcher may wait for its other ranks for ever. Its end of our stdin dies with it."""
+    sys.stdin.buffer.read()
+    if not Path(job["result"]).exists():
+        write_whole(Path(job["result"]), failure("its process died without a word: killed, out of memory, or crashed in a library"))
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """Do the job and write its result; 0 when it is done."""
     path = Path(arguments[1])
     job = json.loads((path if path.exists() else Path(unquote(arguments[1]))).read_text(encoding="utf-8"))
     if job["schema"] != SCHEMA:
         raise SystemExit(f"job schema {job['schema']}, this worker knows {SCHEMA}: driver and worker are of different versions")
+    if WATCH in arguments:
+        return watch(job)
+    watcher = subprocess.Popen([sys.executable, *arguments, WATCH], stdin=subprocess.PIPE)
     # The folder of this script holds modules of ordinary names, which must not stand before installed ones.
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
@@ -120,13 +137,13 @@ def main(arguments: list[str]) -> int:
     try:
         facts = ACTIONS[job["action"]](job)
     except Exception as error:
-        failure = {"schema": SCHEMA, "ok": False, "error": f"{type(error).__name__}: {error}"}
-        write_whole(Path(job["result"]), json.dumps(failure, indent=2))
+        write_whole(Path(job["result"]), failure(f"{type(error).__name__}: {error}"))
         traceback.print_exc()
         # trtllm-llmapi-launch stops its other ranks only behind a command that went well; the result says that this one did not.
         return 0 if "TLLM_SPAWN_PROXY_PROCESS" in os.environ else 1
     result = {"schema": SCHEMA, "ok": True, "seconds": time.monotonic() - started, **facts}
     write_whole(Path(job["result"]), json.dumps(result, indent=2))
+    watcher.communicate()
     return 0
 
 
@@ -156,12 +173,19 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     return {**chunks.facts(), "row_seeds": True, **probe(job)}
 
 
+def check_sampling(job: dict[str, Any]) -> None:
+    """Refuse, before the model is loaded, a temperature that vLLM would raise to its least one."""
+    asked, made = job["sampling"]["temperature"], sampling_parameters(job, seed=0).temperature
+    if made != asked:
+        raise RuntimeError(f"vLLM would sample at temperature {made} instead of {asked}; set generate.temperature to 0 or at least {made}")
+
+
 def answer_all(engine: Any, job: dict[str, Any]) -> Chunks:
-    """Step the engine, and give it a request for each that came out."""
-    chunks, requests = Chunks(job), read_requests(job)
+    """Step the engine, and give it a request for each that came out, until all are answered or a stop is asked for."""
+    chunks, requests, stop = Chunks(job), read_requests(job), Path(job["stop"])
     waiting = requests[::-1]
     num_inside = 0
-    while waiting or num_inside:
+    while (waiting or num_inside) and not stop.exists():
         while waiting and num_inside < job["in_flight"]:
             request = waiting.pop()
             prompt = {"prompt_token_ids": request["prompt_ids"]}

@@ -161,11 +161,16 @@ def _answer(engine: Engine, parts: Sequence[Part], sampling: Sampling, context: 
     started = time.monotonic()
     description = f"generate {context.iteration} shard {context.shard or 0} (responses)"
     with progress_bar(description, num_done + len(prompts), done=num_done, show=context.show) as advance:
-        for row in _write_parts(engine.generate(prompts, sampling), parts, counts):
+        for _row in _write_parts(engine.generate(prompts, sampling, context.stop_requested), parts, counts):
             advance(1, f"{counts.num_generated_tokens / (time.monotonic() - started):.0f} tokens/s")
-            if context.stop_requested() and counts.num_responses < len(prompts):
-                logger.info("stopped on request after %s; finished parts are kept", row.example_id)
-                return {"stopped": True}
+            if context.stop_requested():
+                break
+    unanswered = len(prompts) - counts.num_responses
+    if unanswered and context.stop_requested():
+        logger.info("stopped on request with %d answers to go; what is answered is kept", unanswered)
+        return {"stopped": True}
+    if unanswered:
+        raise RuntimeError(f"the engine left {unanswered} prompts unanswered.")
     described = engine.describe()
     throughput = _throughput(counts, time.monotonic() - started, described["in_flight_use"])
     told = "%.1f requests/s, %.0f prompt and %.0f generated tokens/s, engine %.0f%% full, %.1f%% of the answers truncated"
@@ -204,8 +209,6 @@ def _write_parts(rows: Iterator[GeneratedRow], parts: Sequence[Part], counts: _C
             ordered = arrived.pop(part.path)
             write_rows(part.path, [ordered[prompt.example_id] for prompt in part.prompts], GeneratedRow)
         yield row
-    if arrived:
-        raise RuntimeError(f"the engine left {sum(len(part.prompts) for part in parts) - counts.num_responses} prompts unanswered.")
 
 
 def judged(rows: Sequence[GeneratedRow], eos_ids: Collection[int], context: StageContext, where: Path) -> AnswerQuality:

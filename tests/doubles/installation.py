@@ -1,6 +1,7 @@
 """An environment that workers are started in: the doubles, installed as some version, and an nvidia-smi that shows GPUs."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -45,10 +46,10 @@ class Site:
     def install(self, package: str, version: str) -> None:
         """Give a double another version."""
         for old in self.folder.glob(f"{package}-*.dist-info"):
-            (old / "METADATA").unlink()
-            old.rmdir()
+            shutil.rmtree(old)
         info = self.folder / f"{package}-{version}.dist-info"
         info.mkdir()
+        (info / "top_level.txt").write_text(package)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
         if package == "tensorrt_llm" and not version.startswith("0."):
             line = release_line(version)

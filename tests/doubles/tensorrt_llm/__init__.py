@@ -4,7 +4,6 @@ Its version is that of its metadata. It answers with toy_model. It is never inst
 """
 
 import asyncio
-import itertools
 import json
 import os
 from collections.abc import Generator
@@ -15,13 +14,13 @@ from typing import Any
 
 from strict import Line, Strict
 from toy_model import answer, weights_mark
+from trouble import stands_still
 
 __version__ = version("tensorrt_llm")
 _LINE = Line("tensorrt_llm")
 _IS_1_2 = tuple(map(int, __version__.split(".")[:2])) >= (1, 2)
 _ENGINE_ONLY = ("build_config", "quant_config", "calib_config", "enable_build_cache", "workspace")
-# Answers in this process; some are slower than others, so that they come out in another order than they went in.
-_answers = itertools.count(1)
+# Some answers are slower than others, so that they come out in another order than they went in.
 _SLOW_SECONDS = 0.01
 
 
@@ -64,9 +63,14 @@ class Response:
         self.outputs: list[Any] = []
 
     def __await__(self) -> Generator[Any, None, "Response"]:
-        yield from asyncio.sleep(_SLOW_SECONDS * (len(self._prompt) % 3)).__await__()
+        seconds = 600.0 if stands_still(self._llm.num_answers) else _SLOW_SECONDS * (len(self._prompt) % 3)
+        yield from asyncio.sleep(seconds).__await__()
         self.outputs = [self._llm.finish(self._prompt, self._params)]
         return self
+
+    def abort(self) -> None:
+        """Take it out of the engine."""
+        self._llm.in_flight -= 1
 
 
 class BaseLLM:
@@ -76,7 +80,7 @@ class BaseLLM:
     vocab_size: int
     uses_seeds: bool
     skip_tokenizer_init: bool
-    in_flight = 0
+    in_flight = num_answers = 0
 
     def _check_keywords(self, name: str, keywords: dict[str, Any]) -> None:
         unknown = sorted(set(keywords) - set(_LINE.fields(name)))
@@ -104,9 +108,8 @@ class BaseLLM:
         eos_ids = [params.end_id, *(params.stop_token_ids or [])]
         limits = {"vocab_size": self.vocab_size, "eos_ids": sorted(eos_ids), "max_tokens": params.max_tokens}
         tokens, ended_by = answer(self.mark, prompt, seed=seed, **limits)
-        crash_after = os.environ.get("DOUBLE_CRASH_AFTER")
-        if crash_after is not None and next(_answers) > int(crash_after):
-            os._exit(9)
+        self.num_answers += 1
+        stands_still(self.num_answers)
         # The token that ended the response: end_id is sometimes left out, a stop id unless it was asked for.
         if ended_by is not None and (ended_by == params.end_id or not params.include_stop_str_in_output):
             tokens = tokens[:-1]
@@ -115,7 +118,9 @@ class BaseLLM:
         return SimpleNamespace(token_ids=tokens, finish_reason=reason, stop_reason=stop_reason)
 
     def shutdown(self) -> None:
-        """Nothing to free."""
+        """Would wait for what is still inside."""
+        if self.in_flight:
+            raise AssertionError(f"{self.in_flight} requests were left in the engine")
 
 
 class LLM(BaseLLM):
@@ -130,8 +135,8 @@ class LLM(BaseLLM):
         self.vocab_size = json.loads((Path(keywords["model"]) / "config.json").read_text())["vocab_size"]
         self._max_num_tokens = keywords["max_num_tokens"]
         self.skip_tokenizer_init = keywords["skip_tokenizer_init"]
-        # auto is the PyTorch sampler, which has one generator for all requests.
-        self.uses_seeds = keywords.get("sampler_type") == "TRTLLMSampler"
+        # Otherwise it is the PyTorch sampler, which has one generator for all requests.
+        self.uses_seeds = keywords.get("sampler_type") == "TRTLLMSampler" or keywords.get("enable_trtllm_sampler", False)
 
     def check_request(self, num_prompt_tokens: int, _params: SamplingParams) -> None:
         if num_prompt_tokens > self._max_num_tokens:

@@ -1,0 +1,16 @@
+"""What befalls a double on request, by variables of its environment: after so many answers it dies, or stands still."""
+
+import os
+from pathlib import Path
+
+NEVER = "1000000"
+
+
+def stands_still(num_answers: int) -> bool:
+    """Dies behind DOUBLE_CRASH_AFTER answers; holds from DOUBLE_HANG_AFTER on, and makes the file DOUBLE_HUNG then."""
+    if num_answers > int(os.environ.get("DOUBLE_CRASH_AFTER", NEVER)):
+        os._exit(9)
+    still = num_answers >= int(os.environ.get("DOUBLE_HANG_AFTER", NEVER))
+    if still:
+        Path(os.environ["DOUBLE_HUNG"]).touch()
+    return still

@@ -1,0 +1,22 @@
+"""Fixtures of the tests of engines in another environment."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.doubles.installation import Site
+from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.unit.tiny_models import TINY, write_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write_model(tmp_path / "theta", TINY, dtype=torch.float32)
+    save_tiny_tokenizer(tmp_path / "theta")
+    return tmp_path / "theta"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path / "site")
