@@ -42,6 +42,8 @@ _STARTER = ("trtllm-llmapi-launch",)
 _SINGLE_PROCESS = "TLLM_WORKER_USE_SINGLE_PROCESS=1"
 # A calibration folder whose path holds one of these is taken for a data set of the hub (quantize_by_modelopt.get_calib_dataloader).
 _HUB_NAMES = ("cnn_dailymail", "scienceqa", "science_qa")
+# A model whose path holds one of these is calibrated as that model, whatever it is (quantize_by_modelopt.get_model).
+_MODEL_NAMES = ("vila", "llava-onevision-qwen2")
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,11 @@ def _write_calibration(spec: EngineSpec, options: TrtllmOptions, folder: Path) -
     It tokenizes the text with the model's tokenizer; a BOS that this adds is left out of the text.
 
     Raises:
-        ValueError: the folder's path would be taken for a data set of the hub, or transformers is not installed.
+        ValueError: a path would be taken for another model or a data set of the hub, or transformers is not installed.
     """
+    other = [name for name in _MODEL_NAMES if name in str(spec.model.resolve())]
+    if other:
+        raise ValueError(f"TensorRT-LLM calibrates {spec.model} as a {other[0]!r} model, for its path; move it to one without that word.")
     named = [name for name in _HUB_NAMES if name in str(folder).lower()]
     if named:
         raise ValueError(f"TensorRT-LLM takes {folder} for the hub's {named[0]!r}; move the run to a path without that word.")

@@ -4,6 +4,11 @@ TensorRT-LLM cannot be imported where there is no GPU, and cannot be installed b
 tests' double of `tensorrt_llm` accepts what the table lists and refuses the rest, and `differences` reads an installed copy with
 `ast`, without importing it, and says where it departs from the table. A default of None means that it does not matter to us.
 
+Read in the releases' own sources, which NVIDIA's documentation of a release shows (branch gh-pages of its repository, VERSION/_modules):
+1.2.1 at 58fb435e, all classes but CalibConfig, and the rules below that name sampling_params.py, llm_args.py, _check_arguments and
+_prepare_sampling_params; 1.1.0 at 8660c119 and 1.0.0 at 090dc649, TorchLlmArgs; 1.3.0rc26 at f2bb6484, its page on
+sampling; the PyTorch sampler's seeds at 2341856e. The rest was read in copies between releases. No release was installed.
+
 Rules that are no names, and that the double reproduces, each with the upstream place that says so (below tensorrt_llm/):
 - `tensorrt_llm.LLM` is the PyTorch one and refuses the engine's fields (build_config, quant_config, calib_config, enable_build_cache,
   workspace); the engine's LLM is `tensorrt_llm._tensorrt_engine.LLM`, gone from 1.3.0rc16 on. llmapi/llm.py,
@@ -26,7 +31,11 @@ Rules that are no names, and that the double reproduces, each with the upstream 
 - rank 0 alone writes output_timing_cache: builder.py, build.
 - with TLLM_WORKER_USE_SINGLE_PROCESS=1 one GPU's model runs in the calling process, without MPI: executor/executor.py,
   GenerationExecutor.create. What generate_async returns can be awaited: executor/result.py, GenerationResult.
-- the PyTorch sampler ignores a request's seed (up to 1.2); the C++ one ("TRTLLMSampler", always used by engines) takes it.
+- the PyTorch sampler ignores a request's seed up to 1.2, and with the FlashInfer that 1.3 pins takes the first row's for all it draws
+  together (_torch/pyexecutor/sampler/seed_manager.py); the C++ one ("TRTLLMSampler", always used by engines) takes each. From
+  1.3.0rc26 on there is none but the first, and asking for the other is an error: there no setting makes seeds belong to rows.
+- a calibrated model is loaded with trust_remote_code (we refuse models that bring code), and as a VILA model where its path says
+  "vila": quantization/quantize_by_modelopt.py, get_model.
 - trtllm-llmapi-launch splits its command at spaces, and in some releases stops its other ranks only behind a command that succeeded.
 """
 
@@ -111,6 +120,7 @@ _KV_CACHE: Fields = {"enable_block_reuse": "True", "free_gpu_memory_fraction": N
 _BUILD: Fields = {
     "max_input_len": "1024",
     "max_seq_len": "None",
+    "opt_batch_size": "8",
     "max_batch_size": "2048",
     "max_beam_width": "1",
     "max_num_tokens": "8192",
@@ -149,10 +159,11 @@ def _line(first: str, below: str, *, has_engines: bool, torch_args: Fields) -> R
 
 
 RELEASE_LINES = (
-    # The C++ sampler's switch is spelled differently in releases of 1.0 and 1.1; the worker asks the installed class.
-    _line("1.0", "1.2", has_engines=True, torch_args={}),
-    _line("1.2", "1.3.0rc16", has_engines=True, torch_args={"sampler_type": None}),
-    _line("1.3.0rc16", "2.0", has_engines=False, torch_args={"sampler_type": None}),
+    # The switch to the C++ sampler, the one that takes a seed a request: a flag, then a name, then gone with that sampler.
+    _line("1.0", "1.1", has_engines=True, torch_args={"enable_trtllm_sampler": "False"}),
+    _line("1.1", "1.3.0rc16", has_engines=True, torch_args={"sampler_type": "SamplerType.auto"}),
+    _line("1.3.0rc16", "1.3.0rc26", has_engines=False, torch_args={"sampler_type": None}),
+    _line("1.3.0rc26", "2.0", has_engines=False, torch_args={}),
 )
 
 

@@ -184,6 +184,8 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
 
     build_config = BuildConfig(
         **limits(job),
+        # The engine is kept full, so kernels are chosen for that; the default of 8 may even exceed the limit.
+        opt_batch_size=job["max_batch_size"],
         # Timings of kernels, not of weights: safe to reuse from one iteration to the next.
         input_timing_cache=job["timing_cache"]["input"],
         output_timing_cache=job["timing_cache"]["output"],

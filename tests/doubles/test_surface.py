@@ -109,10 +109,11 @@ def test_a_file_that_moved_is_told(tmp_path: Path) -> None:
     ("version", "first", "has_engines"),
     [
         ("1.0.0rc4", "1.0", True),
-        ("1.1.0", "1.0", True),
-        ("1.2.1", "1.2", True),
-        ("1.3.0rc15", "1.2", True),
+        ("1.1.0", "1.1", True),
+        ("1.2.1", "1.1", True),
+        ("1.3.0rc15", "1.1", True),
         ("1.3.0rc16", "1.3.0rc16", False),
+        ("1.3.0rc26.post1", "1.3.0rc26", False),
     ],
 )
 def test_every_release_has_one_line(version: str, first: str, has_engines: bool) -> None:
