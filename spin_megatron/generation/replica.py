@@ -164,6 +164,8 @@ def with_tensor_parallel(options: Options, spec: EngineSpec, shape: ModelShape, 
 def replica_job(spec: EngineSpec, options: ReplicaOptions, probed: Probed) -> dict[str, Any]:
     """What every job says: the model, limits from the data's real lengths, and the machines it is for."""
     longest = longest_prompt(spec)
+    # Engines refuse to be sized for more than the model has; a prompt that leaves no room for an answer is refused on its own.
+    positions = ModelShape.from_huggingface(spec.model).max_positions
     return {
         "model": str(spec.model.resolve()),
         "dtype": spec.dtype,
@@ -172,7 +174,7 @@ def replica_job(spec: EngineSpec, options: ReplicaOptions, probed: Probed) -> di
         "free_gpu_memory_fraction": options.free_gpu_memory_fraction,
         "max_batch_size": spec.batch_size,
         "max_input_len": longest,
-        "max_seq_len": longest + spec.max_new_tokens,
+        "max_seq_len": min(longest + spec.max_new_tokens, positions),
         "in_flight": options.in_flight or 2 * spec.batch_size,
         "chunk_rows": spec.batch_size,
         "expected": {"version": probed.version, "gpu": probed.gpu},

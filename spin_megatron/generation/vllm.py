@@ -4,7 +4,8 @@ Float32 on vLLM's CPU build, bfloat16 on GPUs. Rows are stable in fp32; in bf16 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,30 @@ from spin_megatron.generation.replica import (
     replica_job,
     with_tensor_parallel,
 )
+from spin_megatron.plan.shape import ModelShape
 
 NAME = "vllm"
 _SCRIPT = Path(__file__).with_name("vllm_worker.py")
+# Tokens of a KV cache block on CPU, and bytes of a number.
+_BLOCK_TOKENS = 128
+_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class VllmOptions(ReplicaOptions):
+    """[generate.options] of vLLM.
+
+    eager: neither compile the model nor capture CUDA graphs; for shards too short to repay the minute or so that this takes.
+    """
+
+    eager: bool = False
+
+
+def _kv_cache_bytes(spec: EngineSpec, max_seq_len: int) -> int:
+    """Keys and values of a full batch, in whole blocks; a block more, since vLLM keeps one for itself."""
+    shape = ModelShape.from_huggingface(spec.model)
+    token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * _DTYPE_BYTES[spec.dtype]
+    return (spec.batch_size * ceil(max_seq_len / _BLOCK_TOKENS) + 1) * _BLOCK_TOKENS * token_bytes
 
 
 def build(spec: EngineSpec, folder: Path) -> dict[str, Any]:
@@ -39,22 +61,24 @@ def load(spec: EngineSpec, folder: Path, work: Path) -> Engine:
     options, probed, identity = _identity(spec, work / "probe")
     require_identity(folder, identity)
     command = WorkerCommand(spec.environment, _SCRIPT, no_progress_seconds=options.no_progress_seconds)
-    return ExternalEngine(NAME, command, replica_job(spec, options, probed), spec, work)
+    job = replica_job(spec, options, probed)
+    job |= {"eager": options.eager, "kv_cache_bytes": _kv_cache_bytes(spec, job["max_seq_len"])}
+    return ExternalEngine(NAME, command, job, spec, work)
 
 
 def examine(options: Mapping[str, Any], environment: Environment, folder: Path) -> str:
     """See Provider.examine."""
-    read_options(ReplicaOptions, options, NAME)
+    read_options(VllmOptions, options, NAME)
     return f"vLLM {probe(environment, _SCRIPT, folder)}"
 
 
 def gpus(spec: EngineSpec, gpu: str) -> int:
     """See Provider.gpus."""
-    return replica_gpus(read_options(ReplicaOptions, spec.options, NAME), spec, gpu)
+    return replica_gpus(read_options(VllmOptions, spec.options, NAME), spec, gpu)
 
 
-def _identity(spec: EngineSpec, probe_folder: Path) -> tuple[ReplicaOptions, Probed, dict[str, Any]]:
-    options = read_options(ReplicaOptions, spec.options, NAME)
+def _identity(spec: EngineSpec, probe_folder: Path) -> tuple[VllmOptions, Probed, dict[str, Any]]:
+    options = read_options(VllmOptions, spec.options, NAME)
     shape = check_model(spec, NAME, dtypes=("bfloat16", "float32"))
     probed = probe(spec.environment, _SCRIPT, probe_folder)
     options = with_tensor_parallel(options, spec, shape, probed)

@@ -155,6 +155,10 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     check_expected(job)
     from vllm import EngineArgs, LLMEngine
 
+    check_sampling(job)
+    # On a CPU the fraction is one of all memory, which others use too; there the cache is as large as a full batch needs.
+    on_gpu = job["expected"]["gpu"] != "none"
+    cache = {"gpu_memory_utilization": job["free_gpu_memory_fraction"]} if on_gpu else {"kv_cache_memory_bytes": job["kv_cache_bytes"]}
     arguments = EngineArgs(
         model=job["model"],
         dtype=job["dtype"],
@@ -162,7 +166,8 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         pipeline_parallel_size=job["pipeline_parallel"],
         max_model_len=job["max_seq_len"],
         max_num_seqs=job["max_batch_size"],
-        gpu_memory_utilization=job["free_gpu_memory_fraction"],
+        **cache,
+        enforce_eager=job["eager"],
         # Reused blocks are computed in another batch shape: a prompt's logits would depend on what came before.
         enable_prefix_caching=False,
         skip_tokenizer_init=True,

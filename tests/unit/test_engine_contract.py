@@ -1,5 +1,9 @@
-"""What every generation engine must do, run on each: on those that are installed here, and on the others through their doubles."""
+"""What every generation engine must do, run on each: on those that are installed here, and on the others through their doubles.
 
+vLLM itself takes part where SPIN_VLLM_PYTHON names an interpreter that has it; on a machine without a GPU its CPU build does.
+"""
+
+import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spin_megatron.generation.engine import PROVIDERS, Engine, EngineSpec, Prompt, Sampling, eos_token_ids, provider
+from spin_megatron.generation.engine import PROVIDERS, Engine, EngineSpec, Environment, Prompt, Sampling, eos_token_ids, provider
 from spin_megatron.run.records import GeneratedRow, PromptRow, write_rows
 from spin_megatron.run.seeds import row_seed
 from tests.doubles.installation import Site
@@ -24,12 +28,15 @@ from tests.unit.tiny_models import TINY, write_model
 EOS = tuple(range(2, 12))  # many, so that a random model ends some of its responses
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=20, eos_ids=EOS)
 SAMPLED = replace(GREEDY, temperature=1.0)
-# Heads of 16: ONNX Runtime's attention takes multiples of it. 55 positions: less than the longest prompt and response.
-SHAPE = replace(TINY, head_dim=16, max_positions=55)
+# Heads of 32: on CPU ONNX Runtime takes multiples of 16, vLLM of 32. 55 positions: less than the longest prompt and response.
+SHAPE = replace(TINY, head_dim=32, max_positions=55)
 # The doubles stand for engines that cannot be installed here: their model is a toy, everything around it is the engine's own.
 DOUBLES = ("trtllm-engine", "trtllm-torch", "vllm")
 REAL = ("builtin", *(["onnxruntime-genai"] if find_spec("onnxruntime_genai") else []))
+VLLM_PYTHON = os.environ.get("SPIN_VLLM_PYTHON")
+needs_vllm = pytest.mark.skipif(VLLM_PYTHON is None, reason="SPIN_VLLM_PYTHON names no interpreter that has vLLM")
 AVAILABLE = (*REAL, *DOUBLES)
+PARTICIPANTS = (*AVAILABLE, pytest.param("vllm itself", marks=needs_vllm))
 DTYPES = {"trtllm-engine": "bfloat16", "trtllm-torch": "bfloat16"}
 assert {*AVAILABLE, "onnxruntime-genai"} == set(PROVIDERS)
 
@@ -49,29 +56,34 @@ class Built:
     name: str
     spec: EngineSpec
     folder: Path
+    is_double: bool
 
     def load(self, work: Path) -> Engine:
         return provider(self.name).load(self.spec, self.folder, work)
 
     def greedy(self, prompts: Sequence[Prompt], eos_ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:
         """What greedy decoding says: transformers' `generate`, or the toy."""
-        if self.name not in DOUBLES:
+        if not self.is_double:
             return greedy_by_transformers(self.spec.model, prompts, eos_ids, max_new_tokens)
         limits = {"vocab_size": SHAPE.vocab_size, "eos_ids": eos_ids, "max_tokens": max_new_tokens}
         return [answer(weights_mark(self.spec.model), prompt.token_ids, seed=None, **limits)[0] for prompt in prompts]
 
 
-@pytest.fixture(scope="module", params=AVAILABLE)
+@pytest.fixture(scope="module", params=PARTICIPANTS)
 def built(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    name, folder = request.param, tmp_path_factory.mktemp("engine")
+    name, folder = request.param.removesuffix(" itself"), tmp_path_factory.mktemp("engine")
+    is_double = request.param in DOUBLES
     prompt_file = folder / "prompts.parquet"
     write_rows(prompt_file, [PromptRow(prompt.example_id, prompt.token_ids, (12, 2), False) for prompt in make_prompts(40)], PromptRow)
-    environment = Site(folder / "site").environment("DOUBLE_IN_FLIGHT=10")
+    # One thread, as everything else here; bound to no core, so that another test can have it.
+    threads = ("VLLM_CPU_OMP_THREADS_BIND=nobind", "OMP_NUM_THREADS=1")
+    double = Site(folder / "site").environment("DOUBLE_IN_FLIGHT=10")
+    environment = double if is_double or VLLM_PYTHON is None else Environment(VLLM_PYTHON, variables=threads)
     limits = {"batch_size": 5, "max_prompt_tokens": 40, "max_new_tokens": 20}
-    files = {"prompt_files": (prompt_file,), "environment": environment}
+    files = {"prompt_files": (prompt_file,), "environment": environment, "options": {"eager": True} if name == "vllm" else {}}
     spec = EngineSpec(model_folder, DTYPES.get(name, "float32"), **limits, **files)
     provider(name).build(spec, folder / "built")
-    return Built(name, spec, folder / "built")
+    return Built(name, spec, folder / "built", is_double)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +194,18 @@ def test_what_was_answered_before_a_crash_and_what_is_answered_after_it_are_the_
     # Without some of the prompts, the others' answers are the same: they depend on nothing beside them.
     with closing(built.load(tmp_path / "alone")) as engine:
         assert by_id(engine.generate(prompts[3:5], SAMPLED)) == {prompt.example_id: whole[prompt.example_id] for prompt in prompts[3:5]}
+
+
+def test_a_stop_ends_the_answers_and_the_rest_is_answered_later(built: Built, tmp_path: Path) -> None:
+    prompts = make_prompts()
+    polls = iter([False, *[True] * 1000])
+    with closing(built.load(tmp_path / "stopped")) as engine:
+        some = by_id(engine.generate(prompts, SAMPLED, lambda: next(polls)))
+    assert len(some) < len(prompts)
+    with closing(built.load(tmp_path / "stopped")) as engine:
+        rows = by_id(engine.generate(prompts, SAMPLED))
+    assert len(rows) == len(prompts)
+    assert all(rows[name] == row for name, row in some.items())
 
 
 def test_an_engine_of_other_weights_is_refused_before_the_first_request(built: Built, model_folder: Path, tmp_path: Path) -> None:

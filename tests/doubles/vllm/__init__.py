@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from toy_model import answer, weights_mark
+from trouble import stands_still
 
 from vllm.sampling_params import SamplingParams
 
@@ -24,7 +25,9 @@ class EngineArgs:
     pipeline_parallel_size: int
     max_model_len: int
     max_num_seqs: int
-    gpu_memory_utilization: float
+    enforce_eager: bool
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: "int | None" = None
     enable_prefix_caching: bool
     skip_tokenizer_init: bool
     trust_remote_code: bool
@@ -58,12 +61,14 @@ class LLMEngine:
         self._running[request_id] = [len(tokens), tokens, ended_by]
 
     def step(self) -> list[Any]:
+        if stands_still(self._num_finished):
+            time.sleep(0.05)
+            return []
         for request in list(self._running.values())[: self._arguments.max_num_seqs]:
             request[0] -= 1
         finished = [request_id for request_id, request in self._running.items() if not request[0]]
         self._num_finished += len(finished)
-        if self._num_finished > int(os.environ.get("DOUBLE_CRASH_AFTER", "1000000")):
-            os._exit(9)
+        stands_still(self._num_finished)
         return [self._output(request_id) for request_id in finished]
 
     def _output(self, request_id: str) -> Any:
