@@ -184,11 +184,12 @@ def _times(row: Mapping[str, Any]) -> str:
 
 
 def _table(config: RunConfig, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=escape(f"{config.run.name}: stage by iteration (export t makes theta_t)"), show_lines=True)
-    table.add_column("iteration")
+    """Without padding all stages stand side by side in a terminal of 80 columns."""
+    table = Table(title=escape(f"{config.run.name}: stage by iteration t (export t makes theta_t)"), show_lines=True, padding=0)
+    table.add_column("t")
     columns = [stage for stage in _COLUMNS if any(row["stage"] == stage for row in rows)]
     for stage in columns:
-        table.add_column(stage)
+        table.add_column(stage.replace("-", "-\n"))
     for iteration in range(config.run.iterations + 1):
         cells = [_cell([row for row in rows if row["stage"] == stage and row["iteration"] == iteration]) for stage in columns]
         table.add_row(str(iteration), *cells)

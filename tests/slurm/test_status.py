@@ -1,6 +1,7 @@
 """What `status` says of a run's jobs, from files alone and from a queue; no Slurm is needed."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_warnings_of_every_stage_stand_in_its_cell_and_below_the_table(tmp_path:
     console = Console(width=200, record=True)
     console.print(status._view(config, layout))
     text = " ".join(console.export_text().split())
-    assert ("1 warning " in text, "2 warnings " in text) == (True, True)
+    assert ("1 warning│" in text, "2 warnings│" in text) == (True, True)
     below = (
         "warning iteration 0: 55.0% of the [answers] end otherwise. warning iteration 0: guard.margin was passed warning iteration 0: 2 "
     )
@@ -183,3 +184,17 @@ def test_watching_redraws_until_the_run_is_complete(
     assert main(["status", str(tmp_path), "--watch", "7"]) == 0
     assert paused == [7.0, 7.0, 7.0]
     assert "3 of 3 done" in capsys.readouterr().out, "what is drawn last is how it ended"
+
+
+def test_no_word_of_the_table_is_cut_short_in_80_columns(tmp_path: Path) -> None:
+    config, layout = make_config(), RunLayout(tmp_path)
+    done = [ref for ref in line(config) if ref.iteration == 0 and ref.name not in ("train", "evaluate")]
+    finish(layout, *done, config=config, is_current=True, summary={"warnings": ["one", "two"]})
+    jobs = [{"job_id": f"1234567{number}", "link": name, "iteration": 0, "array": "0-0"} for number, name in enumerate(("merge", "train"))]
+    write_json(layout.slurm_jobs(0), jobs)
+    queue = Queue(tuple(SubmittedJob(**job) for job in jobs), {"12345671_0": "RUNNING", "12345671_1": "PENDING"})
+    console = Console(width=80, record=True)
+    console.print(status._table(config, stage_rows(config, layout, queue)))
+    text = console.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert {"evaluate", "warnings", "12345671_0", "RUNNING"} <= set(re.split(r"[\s│┃]+", text))
