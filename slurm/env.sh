@@ -13,9 +13,10 @@ export SPIN_PYTHON="${SPIN_PYTHON:-python3}"
 # Apptainer, for example, has no srun options: SPIN_RANK_PYTHON="apptainer exec --nv --bind /lustre /images/megatron.sif python3"
 export SPIN_RANK_PYTHON="${SPIN_RANK_PYTHON:-$(printf %q "$SPIN_PYTHON")}"
 
-# Further srun options of the ranks, shell-quoted. With pyxis and enroot, for example:
-#   SPIN_SRUN_OPTIONS="--container-image=/images/megatron.sqsh --container-mounts=/lustre:/lustre --no-container-mount-home"
-# pyxis wants the image path with a leading / or ./, and unpacks it once a node.
+# Further srun options of the ranks, shell-quoted. With pyxis and enroot, for example (docs/slurm.md says what each is for):
+#   export SPIN_RANK_PYTHON=python3 PYTHONPATH=/home/me/spin_megatron
+#   SPIN_SRUN_OPTIONS="--container-image=/images/megatron.sqsh --no-container-mount-home --container-env=PYTHONPATH"
+#   SPIN_SRUN_OPTIONS+=" --container-mounts=/lustre:/lustre,/home/me/spin_megatron:/home/me/spin_megatron"
 export SPIN_SRUN_OPTIONS="${SPIN_SRUN_OPTIONS:-}"
 
 # An engine of another environment ([generate] engine = "trtllm-engine", "trtllm-torch" or "vllm"): further srun options of its steps,
