@@ -51,7 +51,7 @@ pipeline = 2
 """
 
 
-def make_tiny_model(folder: Path, *, seed: int = 0) -> None:
+def make_tiny_model(folder: Path, *, seed: int = 0, head_dim: int = 16) -> None:
     """A random 4-layer Llama with grouped queries and a tokenizer, as a Hugging Face folder."""
     tokenizer = save_tiny_tokenizer(folder)
     torch.manual_seed(seed)
@@ -62,6 +62,7 @@ def make_tiny_model(folder: Path, *, seed: int = 0) -> None:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=256,
         tie_word_embeddings=False,
         initializer_range=0.1,
@@ -86,10 +87,10 @@ def make_conversations(path: Path, count: int = 40) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_tiny_run(folder: Path) -> Path:
+def make_tiny_run(folder: Path, *, head_dim: int = 16) -> Path:
     """Model, data and config in one folder; returns the config's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    make_tiny_model(folder / "model")
+    make_tiny_model(folder / "model", head_dim=head_dim)
     make_conversations(folder / "conversations.jsonl")
     config = folder / "config.toml"
     config.write_text(CONFIG, encoding="utf-8")

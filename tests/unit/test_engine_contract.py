@@ -1,9 +1,8 @@
 """What every generation engine must do, run on each: on those that are installed here, and on the others through their doubles.
 
-vLLM itself takes part where SPIN_VLLM_PYTHON names an interpreter that has it; on a machine without a GPU its CPU build does.
+vLLM itself takes part where there is one: tests/vllm_itself.py.
 """
 
-import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,9 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spin_megatron.generation.engine import PROVIDERS, Engine, EngineSpec, Environment, Prompt, Sampling, eos_token_ids, provider
+from spin_megatron.generation.engine import PROVIDERS, Engine, EngineSpec, Prompt, Sampling, eos_token_ids, provider
 from spin_megatron.run.records import GeneratedRow, PromptRow, write_rows
 from spin_megatron.run.seeds import row_seed
+from tests import vllm_itself
 from tests.doubles.installation import Site
 from tests.doubles.toy_model import answer, weights_mark
 from tests.tiny_tokenizer import save_tiny_tokenizer
@@ -33,10 +33,8 @@ SHAPE = replace(TINY, head_dim=32, max_positions=55)
 # The doubles stand for engines that cannot be installed here: their model is a toy, everything around it is the engine's own.
 DOUBLES = ("trtllm-engine", "trtllm-torch", "vllm")
 REAL = ("builtin", *(["onnxruntime-genai"] if find_spec("onnxruntime_genai") else []))
-VLLM_PYTHON = os.environ.get("SPIN_VLLM_PYTHON")
-needs_vllm = pytest.mark.skipif(VLLM_PYTHON is None, reason="SPIN_VLLM_PYTHON names no interpreter that has vLLM")
 AVAILABLE = (*REAL, *DOUBLES)
-PARTICIPANTS = (*AVAILABLE, pytest.param("vllm itself", marks=needs_vllm))
+PARTICIPANTS = (*AVAILABLE, pytest.param("vllm itself", marks=vllm_itself.needs_vllm))
 DTYPES = {"trtllm-engine": "bfloat16", "trtllm-torch": "bfloat16"}
 assert {*AVAILABLE, "onnxruntime-genai"} == set(PROVIDERS)
 
@@ -75,12 +73,9 @@ def built(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: 
     is_double = request.param in DOUBLES
     prompt_file = folder / "prompts.parquet"
     write_rows(prompt_file, [PromptRow(prompt.example_id, prompt.token_ids, (12, 2), False) for prompt in make_prompts(40)], PromptRow)
-    # One thread, as everything else here; bound to no core, so that another test can have it.
-    threads = ("VLLM_CPU_OMP_THREADS_BIND=nobind", "OMP_NUM_THREADS=1")
-    double = Site(folder / "site").environment("DOUBLE_IN_FLIGHT=10")
-    environment = double if is_double or VLLM_PYTHON is None else Environment(VLLM_PYTHON, variables=threads)
+    environment = Site(folder / "site").environment("DOUBLE_IN_FLIGHT=10") if is_double else vllm_itself.ENVIRONMENT
     limits = {"batch_size": 5, "max_prompt_tokens": 40, "max_new_tokens": 20}
-    files = {"prompt_files": (prompt_file,), "environment": environment, "options": {"eager": True} if name == "vllm" else {}}
+    files = {"prompt_files": (prompt_file,), "environment": environment, "options": vllm_itself.OPTIONS if name == "vllm" else {}}
     spec = EngineSpec(model_folder, DTYPES.get(name, "float32"), **limits, **files)
     provider(name).build(spec, folder / "built")
     return Built(name, spec, folder / "built", is_double)
