@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher, end_with_parent
@@ -41,16 +42,17 @@ _OTHER_VERBS = {
 def build_parser(called: str | None = None) -> argparse.ArgumentParser:
     """The parser of all verbs; `arguments.handler` is the function to call. `called` is the verb whose options are wanted."""
     parser = argparse.ArgumentParser(prog="spin-megatron", description="Self-Play Fine-Tuning (SPIN) on Megatron Core.")
+    parser.add_argument("--version", action="version", version=f"spin-megatron {version('spin-megatron')}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     check = verbs.add_parser("check", help="check a config, its model and its data, and print the line that would run")
-    check.add_argument("config", type=Path)
+    check.add_argument("config", type=Path, help="a config file")
     _add_overrides(check)
     check.set_defaults(handler=_lazy("spin_megatron.launch.loop", "check"))
 
     run = verbs.add_parser("run", help="run the whole loop on this machine; the same command again resumes it")
     run.add_argument("target", type=Path, help="a config file, or the run directory of a started run")
-    run.add_argument("--run-dir", type=Path, help="where the run lives; default runs/NAME beside the current folder")
+    run.add_argument("--run-dir", type=Path, help="where the run lives; default runs/NAME in the current folder")
     run.add_argument("--redo", metavar="STAGE:T[:SHARD]", help="first move this finished stage, and what was made from it, aside")
     _add_overrides(run)
     run.set_defaults(handler=_lazy("spin_megatron.launch.loop", "run"))
@@ -69,16 +71,20 @@ def build_parser(called: str | None = None) -> argparse.ArgumentParser:
     status.add_argument("--watch", metavar="SECONDS", type=float, nargs="?", const=5.0, help="keep it live until the run is complete")
     status.set_defaults(handler=_lazy("spin_megatron.report.status", "command"))
 
+    settings = verbs.add_parser("settings", help="print a config with every setting at its default, and what each means")
+    settings.add_argument("section", nargs="?", help="only this section, e.g. train")
+    settings.set_defaults(handler=_lazy("spin_megatron.report.settings", "command"))
+
     report = verbs.add_parser("report", help="draw the run's curves as pictures below RUN_DIR/report")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(handler=_lazy("spin_megatron.report.curves", "command"))
 
     for verb, text in _STAGE_VERBS.items():
         stage = verbs.add_parser(verb, help=text)
-        stage.add_argument("--run-dir", type=Path, required=True)
-        stage.add_argument("--iteration", type=int, default=0)
+        stage.add_argument("--run-dir", type=Path, required=True, help="the run, which `run` or `submit` started")
+        stage.add_argument("--iteration", type=int, default=0, help="t, from 0 (default 0)")
         if verb in ("generate", "benchmark"):
-            stage.add_argument("--shard", type=int, default=0)
+            stage.add_argument("--shard", type=int, default=0, help="from 0 (default 0)")
         _add_overrides(stage)
         _add_rank_options(stage)
         stage.set_defaults(handler=_run_stage, verb=verb)

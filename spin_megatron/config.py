@@ -17,7 +17,6 @@ from spin_megatron.plan.shape import ParallelLayout
 
 Value = TypeVar("Value")
 StageName = Literal["export", "prepare", "build-engine", "generate", "merge", "train", "evaluate", "benchmark"]
-PositiveInt = Field(gt=0)
 
 
 class Section(BaseModel):
@@ -29,7 +28,7 @@ class Section(BaseModel):
 class RunSection(Section):
     """[run]"""
 
-    name: str = "spin"
+    name: str = Field("spin", description="of the run, in views and job names")
     seed: int = Field(42, ge=0, description="every random choice of the run follows from it")
     iterations: int = Field(3, gt=0, description="T: theta_1 ... theta_T are made")
 
@@ -57,18 +56,18 @@ class DataSection(Section):
 
     source: str = Field(description="a .jsonl or .parquet file or a folder of them (relative to the config file), or a hub name")
     subset: str | None = Field(None, description="the hub's configuration name")
-    split: str = "train"
+    split: str = Field("train", description="of a hub's data set")
     revision: str | None = Field(None, description="hub commit; required for a hub name")
-    format: Literal["auto", "messages", "prompt_response", "alpaca", "sharegpt"] = "auto"
+    format: Literal["auto", "messages", "prompt_response", "alpaca", "sharegpt"] = Field("auto", description="auto: told by the columns")
     columns: ColumnNames = ColumnNames()
     turns: Literal["first", "last"] = Field("first", description="train on the first or on the last assistant turn of a conversation")
     system: str | None = Field(None, description="system turn for conversations that have none; none is added when absent")
-    num_examples: int | None = Field(None, gt=0, description="nested: the 14k subset lies inside the 26k subset")
+    num_examples: int | None = Field(None, gt=0, description="absent: all; nested: the 14k subset lies inside the 26k subset")
     num_held_out: int = Field(256, gt=0, description="pairs that are never trained on")
-    max_prompt_tokens: int = Field(1024, gt=0)
+    max_prompt_tokens: int = Field(1024, gt=0, description="see over_long")
     max_response_tokens: int = Field(1024, gt=0, description="one cap for y and y', so that length does not tell them apart")
-    over_long: Literal["drop", "truncate"] = "drop"
-    deduplicate: bool = True
+    over_long: Literal["drop", "truncate"] = Field("drop", description="cut: the start of a prompt, the end of an answer")
+    deduplicate: bool = Field(True, description="keep the first of equal examples")
     window: int | list[int] = Field(2, description="train on the pairs of this many iterations, newest included; per iteration")
 
 
@@ -95,13 +94,13 @@ class EnvironmentSection(Section):
 class GenerateSection(Section):
     """[generate]: how theta_t answers."""
 
-    engine: str = "builtin"
+    engine: str = Field("builtin", description="one of docs/engines.md")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     temperature: float = Field(1.0, ge=0, description="0 is greedy; the theory samples at 1")
     top_k: int = Field(0, ge=0, description="0 is off")
-    top_p: float = Field(1.0, gt=0, le=1)
-    batch_size: int = Field(16, gt=0)
-    num_shards: int = Field(1, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1, description="1 is off")
+    batch_size: int = Field(16, gt=0, description="answers in the making at a time")
+    num_shards: int = Field(1, gt=0, description="processes or jobs that share the prompts")
     rows_per_part: int = Field(64, gt=0, description="a part file is written each time this many answers are finished")
     options: dict[str, str | int | float | bool] = Field(default_factory=dict, description="settings of the chosen engine")
     environment: EnvironmentSection = EnvironmentSection()
@@ -110,7 +109,7 @@ class GenerateSection(Section):
 class QualitySection(Section):
     """[quality]: shares of a shard's answers above which it warns, or stops before they are trained on. They change no answer."""
 
-    on_excess: Literal["warn", "stop"] = "warn"
+    on_excess: Literal["warn", "stop"] = Field("warn", description="stop: the stage fails, with the answers that gave rise to it")
     max_empty: float = Field(0.05, ge=0, le=1, description="nothing before EOS")
     max_repeated: float = Field(0.1, ge=0, le=1, description="ends in a loop of at most 16 tokens")
     max_truncated: float = Field(0.5, ge=0, le=1, description="no EOS within data.max_response_tokens")
@@ -120,7 +119,7 @@ class QualitySection(Section):
 class ObjectiveSection(Section):
     """[objective]: the SPIN loss, equation 4.7 of the paper."""
 
-    loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
+    loss: Literal["logistic", "hinge", "exponential", "correlation"] = Field("logistic", description="docs/reading_a_run.md has them")
     beta: float | list[float] = Field(0.1, description="lambda of the paper; per iteration")
     nll_weight: float = Field(0.0, ge=0, description="weight of an added NLL term on the human answers")
     length_normalised: bool = Field(False, description="divide log-probabilities by the answer's length; off in the paper")
@@ -132,7 +131,7 @@ class OptimizerSection(Section):
     name: Literal["adamw", "rmsprop"] = "rmsprop"
     learning_rate: float | list[float] = Field(5e-7, description="peak; per iteration")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="of the schedule's updates")
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
@@ -151,14 +150,14 @@ class TrainSection(Section):
     num_bf16_end_layers: int = Field(0, ge=0, description="with FP8: so many of the first and of the last layers stay bf16")
     global_batch_pairs: int = Field(64, gt=0, description="pairs an update")
     pack_tokens: int = Field(4096, gt=0, description="tokens of a micro-batch; whole pairs are packed into it")
-    max_pairs_per_pack: int | None = Field(None, gt=0)
+    max_pairs_per_pack: int | None = Field(None, gt=0, description="absent: as many as fit")
     share_prompt: bool = Field(True, description="compute a pair's prompt once for both answers")
     schedule_epochs: int | list[int] = Field(2, description="epochs the learning-rate schedule spans; per iteration")
     stop_epoch: int | list[int] | None = Field(None, description="leave after this many epochs of the schedule; per iteration")
-    save_every_steps: int = Field(100, gt=0)
-    keep_checkpoints: int = Field(2, gt=0)
-    recompute: Literal["none", "selective", "full"] = "none"
-    distributed_optimizer: bool = True
+    save_every_steps: int = Field(100, gt=0, description="the end of the stage saves in any case")
+    keep_checkpoints: int = Field(2, gt=0, description="the newest ones")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="compute activations again: less memory, more time")
+    distributed_optimizer: bool = Field(True, description="each data rank keeps a part of the optimizer's state")
     max_skipped_steps: int = Field(5, gt=0, description="non-finite updates in a row after which the run stops")
 
     @field_validator("precision", mode="before")
@@ -211,10 +210,10 @@ class ParallelSection(Section):
     tensor: int = Field(1, gt=0)
     pipeline: int = Field(1, gt=0)
     data: int = Field(1, gt=0)
-    sequence: bool = False
-    context: int = Field(1, gt=0)
-    expert: int = Field(1, gt=0)
-    virtual_pipeline: int = Field(1, gt=0)
+    sequence: bool = Field(False, description="split what lies between tensor-parallel layers over their ranks as well")
+    context: int = Field(1, gt=0, description="ranks that share the tokens of a pack")
+    expert: int = Field(1, gt=0, description="ranks that share the experts of a mixture")
+    virtual_pipeline: int = Field(1, gt=0, description="parts of the model that a pipeline rank holds")
     stage_layers: tuple[int, ...] = Field(
         (), description="layers of each stage (pipeline x virtual_pipeline numbers in the model's order); absent: equal"
     )
