@@ -44,8 +44,11 @@ def build(spec: EngineSpec, _folder: Path) -> dict[str, Any]:
     return {"engine": NAME, "model": str(spec.model), "torch": torch.__version__, "device": str(_device(spec)), "needs_build": False}
 
 
-def load(spec: EngineSpec, _folder: Path, _work: Path) -> "HfLoop":
+def load(spec: EngineSpec, _folder: Path, _work: Path, *, decoder_type: type[Decoder] = Decoder) -> "HfLoop":
     """Read theta_t with transformers and find the widths at which its rows are independent.
+
+    Args:
+        decoder_type: what runs the model; measurements plan where responses end by one of their own.
 
     Raises:
         ValueError: the model is of a kind the loop does not compute, or an option is unknown.
@@ -60,7 +63,7 @@ def load(spec: EngineSpec, _folder: Path, _work: Path) -> "HfLoop":
     model = model.to(device).eval().requires_grad_(False)
     # One slot more than rows: padding writes there.
     slot_length = spec.max_prompt_tokens + spec.max_new_tokens
-    decoder = Decoder(model, shape, num_slots=spec.batch_size + 1, slot_length=slot_length)
+    decoder = decoder_type(model, shape, num_slots=spec.batch_size + 1, slot_length=slot_length)
     return HfLoop(decoder, shape, spec, device)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.benchmarks import table, train_step
-from tools.benchmarks.problem import pairs_of_a_plan
+from tools.benchmarks import generate, table, train_step
+from tools.benchmarks.problem import model_folder, pairs_of_a_plan, ultrachat_like_lengths
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -50,6 +50,17 @@ def test_flops_of_a_pair_count_its_prompt_once(tmp_path: Path) -> None:
     # Query-key products: x 15; y 2*5 + 3; y' 1*5 + 1: 34, each 2 heads x 2 numbers, once for scores and once for values.
     by_hand = 6 * (8 * 3 * 144 + 5 * 4 * 10 + 34 * 3 * 2 * 2 * 2)
     assert train_step.needed_flops([pair], tmp_path) == by_hand
+
+
+def test_both_sides_of_generate_give_responses_of_the_planned_lengths(tmp_path: Path) -> None:
+    options = generate.parse(["--model", "micro", "--prompts", "7", "--batch", "3", "--mix", "24", "--rounds", "1"])
+    requests = generate.make_requests(options, vocab_size=512)
+    planned = [-(-one.generated // 24) for one in ultrachat_like_lengths(7, seed=0)]
+    assert list(requests.values()) == planned
+    assert len(set(planned)) > 3
+    found = generate.measure(options, model_folder("micro", tmp_path))  # which compares both sides' lengths with these
+    assert found["greedy_equal"] == 7
+    assert found["mean_response_tokens"] == sum(planned) / 7
 
 
 @pytest.mark.timeout(300)

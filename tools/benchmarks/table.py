@@ -46,7 +46,7 @@ def table_of(name: str) -> str:
     return f"{text}\n\n({report['device_name']}, torch {report['torch']}: {problem})\n"
 
 
-UNTOLD = {"out", "trl_python", "timeout", "methods", "memory_of", "trl_pairs", "recompute", "error_rows", "shorten"}
+UNTOLD = {"out", "trl_python", "timeout", "methods", "memory_of", "trl_pairs", "recompute", "error_rows", "shorten", "modes"}
 
 
 def summary() -> str:
@@ -64,9 +64,8 @@ def summary() -> str:
         report = result(name)
         row = report["methods"]["sampled"]
         rates = [f"{row[side]:.0f} tokens/CPU s" for side in (generate.THEIRS, generate.OURS)]
-        lines.append(
-            f"| generate, {report['problem']['model']}, a seed a row | transformers: {rates[0]} | {rates[1]} | {row['ratio']:.2f}x |"
-        )
+        what = f"{report['problem']['model']}, {'UltraChat-like' if report['problem']['mix'] else 'equal'} lengths, a seed a row"
+        lines.append(f"| generate, {what} | transformers: {rates[0]} | {rates[1]} | {row['ratio']:.2f}x |")
     rows = result("head_cpu")["methods"]
     for mode, label in (("score", "forward only"), ("train", "forward and backward")):
         cells = [
