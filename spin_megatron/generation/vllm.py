@@ -30,6 +30,8 @@ _SCRIPT = Path(__file__).with_name("vllm_worker.py")
 # Tokens of a KV cache block on CPU, and bytes of a number.
 _BLOCK_TOKENS = 128
 _DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+# vllm/v1/attention/backends/cpu_attn.py of 0.32, get_supported_head_sizes; vLLM itself refuses others at the first request.
+_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ def _identity(spec: EngineSpec, probe_folder: Path) -> tuple[VllmOptions, Probed
     options = read_options(VllmOptions, spec.options, NAME)
     shape = check_model(spec, NAME, dtypes=("bfloat16", "float32"))
     probed = probe(spec.environment, _SCRIPT, probe_folder)
+    if not probed.gpus and shape.head_dim not in _CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, _CPU_HEAD_SIZES))
+        raise ValueError(f"{spec.model} has head size {shape.head_dim}; on a CPU vLLM takes {sizes}; use another engine, e.g. builtin.")
     options = with_tensor_parallel(options, spec, shape, probed)
     runtime = probed.runtime("vllm") | {"options.tensor_parallel": options.tensor_parallel}
     return options, probed, engine_identity(spec, engine=NAME, runtime=runtime, run_options=RUN_OPTIONS)

@@ -134,6 +134,12 @@ def test_a_launcher_that_splits_at_spaces_refuses_what_has_one(python: str, scri
         command.line(Path("/job.json"))
 
 
+def test_vllm_on_a_cpu_refuses_heads_it_cannot_compute_before_it_starts(model: Path, site: Site, tmp_path: Path) -> None:
+    site.gpus()
+    with pytest.raises(ValueError, match="has head size 6; on a CPU vLLM takes 32, 64, 80"):
+        provider("vllm").build(make_spec(model, site, "vllm"), tmp_path / "engine")
+
+
 def test_an_interpreter_that_is_missing_is_told_by_its_setting(model: Path, site: Site, tmp_path: Path) -> None:
     spec = replace(make_spec(model, site), environment=Environment("/opt/none/python3"))
     with pytest.raises(ValueError, match=r"/opt/none/python3.*correct \[generate.environment\]"):
