@@ -276,6 +276,9 @@ class ExternalEngine:
         self._result = self._worker.result()
         if self._result["rows"] != num_requests:
             raise RuntimeError(f"the worker says it answered {self._result['rows']} of {num_requests} requests; see {attempt}")
+        if sampling.temperature and not self._result["row_seeds"]:
+            told = "engine %s (version %s) draws without the rows' seeds: another run, batch or shard gives other answers (docs/engines.md)"
+            logger.warning(told, self._name, self._result["version"])
 
     def _new_rows(self, attempt: Path, seen: set[Path], waiting: dict[str, Prompt], sampling: Sampling) -> Iterator[GeneratedRow]:
         """Rows of chunk files not seen yet; each takes its prompt off `waiting`."""

@@ -40,7 +40,9 @@ def test_the_engine_needs_a_release_that_still_builds_engines(model: Path, site:
     )
 
 
-def test_a_release_whose_sampler_takes_no_seeds_is_told(model: Path, site: Site, tmp_path: Path) -> None:
+def test_a_release_whose_sampler_takes_no_seeds_is_told(
+    model: Path, site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     spec = make_spec(model, site, "trtllm-torch")
     told = {}
     for version in ("1.0.0", "1.2.1", "1.3.0rc26"):
@@ -51,6 +53,8 @@ def test_a_release_whose_sampler_takes_no_seeds_is_told(model: Path, site: Site,
             told[version] = engine.describe()["row_seeds"]
         assert (rows == expected(model, make_prompts(), SAMPLED)) == told[version]
     assert told == {"1.0.0": True, "1.2.1": True, "1.3.0rc26": False}
+    warned = [record.getMessage() for record in caplog.records if "without the rows' seeds" in record.getMessage()]
+    assert [message.partition(" draws")[0] for message in warned] == ["engine trtllm-torch (version 1.3.0rc26)"]
 
 
 def test_what_ran_is_told(model: Path, site: Site, tmp_path: Path) -> None:
