@@ -279,6 +279,9 @@ def _expert_settings(shape: ModelShape, *, has_te: bool, on_cuda: bool) -> dict[
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": has_te,
+        # Without it a token's experts are summed by atomic adds on a GPU: of three and more the last bits differ from pass to pass, and
+        # margins would not start at exactly 0. Transformer Engine's kernel sums them in one order.
+        "moe_permute_fusion": has_te,
         # Megatron Core's alltoall hands gloo its split sizes as tensors, which only the path over CUDA turns into numbers.
         "moe_token_dispatcher_type": "alltoall" if on_cuda else "allgather",
     }

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformer_engine.pytorch as te
+from megatron.core import tensor_parallel
 from torch import Tensor
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
@@ -73,14 +74,19 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
     def linear_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = bound(linear, self, *args, **kwargs)
         calls.note(self, given["inp"], given["is_first_microbatch"])
-        return _with_bias(self, F.linear(given["inp"], self.weight))
+        return _with_bias(self, _over_tensor_ranks(self, given["inp"]))
 
     def fused_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = bound(fused, self, *args, **kwargs)
         calls.note(self, given["inp"], given["is_first_microbatch"])
         assert self.normalization == "RMSNorm"
         assert not self.zero_centered_gamma
-        return _with_bias(self, F.linear(rms_norm(given["inp"], self.layer_norm_weight, self.eps), self.weight))
+        normed = rms_norm(given["inp"], self.layer_norm_weight, self.eps)
+        out = _with_bias(self, _over_tensor_ranks(self, normed))
+        if not self.return_layernorm_output:
+            return out
+        assert not self.return_layernorm_output_gathered
+        return (*out, normed) if self.return_bias else (out, normed)
 
     def grouped_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = bound(grouped, self, *args, **kwargs)
@@ -119,8 +125,25 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
     _install_rotary(patch, calls)
     _install_attention(patch, calls)
     _install_router(patch, calls)
+    _install_permutation(patch, calls)
     _install_random_states(patch)
     return calls
+
+
+def _over_tensor_ranks(module: Any, rows: Tensor) -> Tensor:
+    """The layer's product between the collectives of its parallel_mode."""
+    column, row = (module.tp_size > 1 and module.parallel_mode == mode for mode in ("column", "row"))
+    group = module.tp_group
+    if column and module.sequence_parallel:
+        rows = tensor_parallel.gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=True, group=group)
+    elif column:
+        rows = tensor_parallel.copy_to_tensor_model_parallel_region(rows, group=group)
+    out = F.linear(rows, module.weight)
+    if row and module.sequence_parallel:
+        out = tensor_parallel.reduce_scatter_to_sequence_parallel_region(out, group=group)
+    elif row:
+        out = tensor_parallel.reduce_from_tensor_model_parallel_region(out, group=group)
+    return out
 
 
 def _with_bias(module: Any, out: Tensor) -> Any:
@@ -191,6 +214,51 @@ def _install_router(patch: pytest.MonkeyPatch, calls: Calls) -> None:
         return [rows.t() @ weight if given["layout"] == "NT" else rows @ (weight.t() if given["layout"] == "TN" else weight)]
 
     patch.setattr(extension, "general_gemm", multiply)
+
+
+def _install_permutation(patch: pytest.MonkeyPatch, calls: Calls) -> None:
+    """Tokens go to their experts and back by Megatron Core's own torch code."""
+    from megatron.core.transformer.moe import moe_utils
+
+    plain, probs, back = moe_utils.fused_permute, moe_utils.fused_permute_with_probs, moe_utils.fused_unpermute
+    sort, sort_probs = moe_utils.fused_sort_chunks_by_index, moe_utils.fused_sort_chunks_by_index_with_probs
+
+    def permute(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        given = bound(plain, *args, **kwargs)
+        calls.others.append("moe_permute")
+        rows, _, order, *_ = moe_utils.permute(given["inp"], given["routing_map"], num_out_tokens=given["num_out_tokens"])
+        return rows, order
+
+    def permute_with_probs(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        given = bound(probs, *args, **kwargs)
+        calls.others.append("moe_permute")
+        rows, permuted, order, *_ = moe_utils.permute(
+            given["inp"], given["routing_map"], probs=given["probs"], num_out_tokens=given["num_out_tokens"]
+        )
+        return rows, permuted, order
+
+    def unpermute(*args: Any, **kwargs: Any) -> Tensor:
+        given = bound(back, *args, **kwargs)
+        calls.others.append("moe_unpermute")
+        assert given["merging_probs"] is None
+        assert given["pad_offsets"] is None
+        return moe_utils.unpermute(given["inp"], given["row_id_map"], given["restore_shape"])
+
+    def sort_chunks(*args: Any, **kwargs: Any) -> Tensor:
+        given = bound(sort, *args, **kwargs)
+        calls.others.append("moe_sort_chunks")
+        return moe_utils.sort_chunks_by_idxs(given["inp"], given["split_sizes"], given["sorted_index"])[0]
+
+    def sort_chunks_with_probs(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        given = bound(sort_probs, *args, **kwargs)
+        calls.others.append("moe_sort_chunks")
+        return moe_utils.sort_chunks_by_idxs(given["inp"], given["split_sizes"], given["sorted_index"], probs=given["probs"])
+
+    patch.setattr(moe_utils, "fused_sort_chunks_by_index", sort_chunks)
+    patch.setattr(moe_utils, "fused_sort_chunks_by_index_with_probs", sort_chunks_with_probs)
+    patch.setattr(moe_utils, "fused_permute", permute)
+    patch.setattr(moe_utils, "fused_permute_with_probs", permute_with_probs)
+    patch.setattr(moe_utils, "fused_unpermute", unpermute)
 
 
 def _install_random_states(patch: pytest.MonkeyPatch) -> None:

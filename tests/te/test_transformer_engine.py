@@ -1,6 +1,6 @@
 """Models of Transformer Engine's layers without a GPU: names, checkpoints and every call against the installed release."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from spin_megatron.data.batches import make_batch
 from spin_megatron.mcore import model as models
 from spin_megatron.mcore import runtime as runtimes
-from spin_megatron.mcore.attention import Backend
 from spin_megatron.mcore.checkpoint import load_weights, save_weights
 from spin_megatron.mcore.cpu_shim import PATCHES, megatron_on_cpu
 from spin_megatron.mcore.layers import LayerSpec, SpecKind
@@ -25,72 +24,15 @@ from spin_megatron.objective.logprobs import sequence_sums
 from spin_megatron.plan.precision import PrecisionName
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.run.records import ReferenceScore
-from tests.parity.fake_ranks import fake_rank, meta_model
-from tests.parity.tiny_models import EXPERT_MODELS, MODELS, make_pairs, make_tiny_model
+from tests.parity.fake_ranks import fake_rank
+from tests.parity.tiny_models import EXPERT_MODELS, make_pairs
+from tests.te.kinds import FAMILIES, KINDS, PACK_TOKENS, layouts_of, on_meta, reference_and_step, saved_keys, use
 
-FAMILIES = [*MODELS, *EXPERT_MODELS]
-# FP8 multiplies multiples of 16: 32, 48 and 2 x 24 of the tiny models do not all.
-ALIGNED = {"hidden_size": 64, "intermediate_size": 96}
 RECIPES: dict[PrecisionName, str] = {
     "fp8-blockwise": "Float8BlockScaling",
     "fp8-tensorwise": "Float8CurrentScaling",
     "mxfp8": "MXFP8BlockScaling",
 }
-PACK_TOKENS = 256
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from tests.te.standins import install
-
-    # Megatron Core compiles its fused activations; the functions themselves are what is looked at here.
-    with torch.compiler.set_stance("force_eager"):
-        yield install(monkeypatch)
-
-
-def use(patch: pytest.MonkeyPatch, kind: SpecKind) -> None:
-    """Build models of this kind of layers from now on."""
-    attention = Backend("transformer_engine" if kind == "transformer_engine" else "sdpa", "the test")
-    patch.setattr(models, "choose_layer_spec", lambda device: LayerSpec(kind, "the test"))
-    patch.setattr(models, "choose_backend", lambda *args, **kwargs: attention)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: make_tiny_model(name, root / name, **ALIGNED) for name in FAMILIES}
-
-
-@pytest.fixture
-def runtime(calls: Any) -> Iterator[Runtime]:
-    with running(ParallelLayout(), device="cpu", seed=1) as started:
-        yield started
-
-
-def saved_keys(chunks: Sequence[SpinModel]) -> dict[str, tuple[Any, ...]]:
-    """What a checkpoint holds: key -> (whole shape, this rank's shapes and offsets, dtype); without the objects of FP8."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-
-    found: dict[str, tuple[Any, ...]] = {}
-
-    def walk(value: Any) -> None:
-        if isinstance(value, ShardedTensor):
-            part = (tuple(value.local_shape), tuple(value.global_offset))
-            whole, parts, dtype = found.get(value.key, (tuple(value.global_shape), (), value.dtype))
-            assert (whole, dtype) == (tuple(value.global_shape), value.dtype)
-            found[value.key] = (whole, tuple(sorted({*parts, part})), dtype)
-        elif isinstance(value, dict):
-            for item in value.values():
-                walk(item)
-        elif isinstance(value, list):
-            for item in value:
-                walk(item)
-
-    for chunk in chunks:
-        state = chunk.sharded_state_dict()
-        apply_factories(state)
-        walk(state)
-    return found
 
 
 MARKS = ("tensor_model_parallel", "sequence_parallel", "allreduce")
@@ -106,32 +48,15 @@ def marks(chunks: Sequence[SpinModel], shape: ModelShape, runtime: Runtime) -> d
     }
 
 
-def layouts_of(shape: ModelShape) -> list[tuple[ParallelLayout, int]]:
-    """Layouts with a rank of each that together hold every kind of part."""
-    layouts = [(ParallelLayout(tensor=2, pipeline=2, sequence=True), 2), (ParallelLayout(tensor=2, sequence=True), 1)]
-    return [*layouts, (ParallelLayout(data=2, expert=2), 1)] if shape.num_experts else layouts
-
-
-KINDS: tuple[tuple[SpecKind, Fp8 | None], ...] = (("local", None), ("transformer_engine", Fp8("fp8-blockwise", 1)))
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_both_kinds_of_layers_save_the_same_keys(name: str, folders: dict[str, Path], calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = ModelShape.from_huggingface(folders[name])
-    make_config = models.transformer_config
-
-    def without_storage(*args: Any, **kwargs: Any) -> Any:
-        config = make_config(*args, **kwargs)
-        config.use_cpu_initialization, config.init_model_with_meta_device = False, True
-        return config
-
-    monkeypatch.setattr(models, "transformer_config", without_storage)
     for layout, rank in layouts_of(shape):
         found = []
         for kind, fp8 in KINDS:
             use(monkeypatch, kind)
-            with meta_model(shape, layout, rank, fp8=fp8) as (chunks, _):
-                found.append(saved_keys(chunks))
+            with on_meta(shape, layout, rank, fp8) as (chunks, _):
+                found.append(saved_keys(chunk.sharded_state_dict() for chunk in chunks))
         assert found[0] == found[1]
         assert len(found[0]) >= 7
 
@@ -204,35 +129,6 @@ def test_transformer_engine_s_layers_compute_what_the_local_ones_do(
     assert epsilons == {shape.norm_epsilon}
 
 
-def _step(chunks: list[SpinModel], runtime: Runtime, calls: Any, *, num_packs: int = 2) -> tuple[list[Any], list[Any]]:
-    """The reference pass and one step over the same packs: the calls of each."""
-    pairs = [make_pairs(seed) for seed in range(num_packs)]
-    batches = [
-        make_batch(
-            [type(pair)(f"{seed}_{pair.pair_id}", pair.prompt_ids, pair.real_ids, pair.generated_ids, 0) for pair in pack],
-            pack_tokens=PACK_TOKENS,
-            pad_id=0,
-            share_prompt=True,
-        )
-        for seed, pack in enumerate(pairs)
-    ]
-    calls.linear.clear()
-    references = {}
-    for batch, logp_R in zip(batches, score_packs(chunks, batches, runtime), strict=True):
-        sums = sequence_sums(logp_R, batch.lengths_Q).view(-1, 2).tolist()
-        references |= {pair_id: ReferenceScore(pair_id, *both, 1, 1) for pair_id, both in zip(batch.pair_ids, sums, strict=True)}
-    reference_calls = list(calls.linear)
-    calls.linear.clear()
-    trainer = build_trainer(chunks, UpdateRule("rmsprop"))
-    num_pairs = sum(len(batch.pair_ids) for batch in batches)
-    outcome = train_step(
-        trainer, batches, references, Objective("logistic", 0.1), runtime, num_pairs=num_pairs, learning_rate=1e-4, must_start_at_zero=True
-    )
-    assert outcome.is_applied
-    assert outcome.metrics["margin_abs"] == 0.0
-    return reference_calls, list(calls.linear)
-
-
 @pytest.mark.parametrize(
     ("precision", "recompute"),
     [*((name, "none") for name in RECIPES), ("fp8-blockwise", "selective"), ("fp8-blockwise", "full")],
@@ -249,7 +145,7 @@ def test_reference_and_step_run_under_the_same_recipe(
     require_fp8(Fp8(precision, 1), LayerSpec("transformer_engine", "the test"))
     chunks = build_model(shape, runtime, dtype=torch.bfloat16, recompute=recompute, fp8=Fp8(precision, 1))
     load_huggingface(chunks, folders["llama3"], shape, runtime, show=False)
-    reference, step = _step(chunks, runtime, calls)
+    reference, step = reference_and_step(chunks, runtime, calls)
     layers = {id(module): layer.layer_number - 1 for layer in chunks[0].decoder.layers for module in layer.modules()}
     for found, has_gradients in ((reference, False), (step, True)):
         for call in found:
@@ -274,11 +170,33 @@ def test_experts_are_padded_to_whole_blocks_under_fp8(
     shape = ModelShape.from_huggingface(folders["mixtral"])
     chunks = build_model(shape, runtime, dtype=torch.bfloat16, fp8=Fp8("fp8-tensorwise"))
     load_huggingface(chunks, folders["mixtral"], shape, runtime, show=False)
-    reference, step = _step(chunks, runtime, calls)
+    reference, step = reference_and_step(chunks, runtime, calls)
     for call in (*reference, *step):
         assert call.recipe == "Float8CurrentScaling"
         assert call.num_rows % 16 == 0
     assert "Fp8Padding" in calls.others
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+@pytest.mark.parametrize("name", EXPERT_MODELS)
+def test_a_token_s_experts_are_summed_by_the_kernel_that_has_one_order(
+    name: str, dispatcher: str, folders: dict[str, Path], runtime: Runtime, calls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = ModelShape.from_huggingface(folders[name])
+    settings = models._expert_settings
+    monkeypatch.setattr(models, "_expert_settings", lambda *a, **k: settings(*a, **k) | {"moe_token_dispatcher_type": dispatcher})
+    arange = torch.arange  # with fused kernels the alltoall dispatcher numbers its chunks on the GPU
+    monkeypatch.setattr(torch, "arange", lambda *a, **k: arange(*a, **(k | {"device": "cpu"} if "device" in k else k)))
+    batch = make_batch(make_pairs(), pack_tokens=PACK_TOKENS, pad_id=0, share_prompt=True)
+    found = []
+    for kind in ("local", "transformer_engine"):
+        use(monkeypatch, kind)  # type: ignore[arg-type]
+        chunks = build_model(shape, runtime, dtype=torch.float32)
+        load_huggingface(chunks, folders[name], shape, runtime, show=False)
+        found.append((score_packs(chunks, [batch], runtime)[0], calls.others.count("moe_permute"), calls.others.count("moe_unpermute")))
+    (expected, *none), (logp_R, *fused) = found
+    torch.testing.assert_close(logp_R, expected, atol=2e-4, rtol=0)
+    assert (none, fused) == ([0, 0], [shape.num_layers, shape.num_layers])
 
 
 def test_a_recipe_that_the_gpu_lacks_is_refused_with_transformer_engine_s_reason(calls: Any) -> None:
