@@ -6,8 +6,8 @@ tests' double of `tensorrt_llm` accepts what the table lists and refuses the res
 
 Read in the releases' own sources, which NVIDIA's documentation of a release shows (branch gh-pages of its repository, VERSION/_modules):
 1.2.1 at 58fb435e, all classes but CalibConfig, and the rules below that name sampling_params.py, llm_args.py, _check_arguments and
-_prepare_sampling_params; 1.1.0 at 8660c119 and 1.0.0 at 090dc649, TorchLlmArgs; 1.3.0rc26 at f2bb6484, its page on
-sampling; the PyTorch sampler's seeds at 2341856e. The rest was read in copies between releases. No release was installed.
+_prepare_sampling_params; 1.1.0 at 8660c119, TorchLlmArgs; 1.0.0 at 090dc649, TorchLlmArgs and BuildConfig; 1.3.0rc26 at f2bb6484, its
+page on sampling; the PyTorch sampler's seeds at 2341856e. The rest was read in copies between releases. No release was installed.
 
 Rules that are no names, and that the double reproduces, each with the upstream place that says so (below tensorrt_llm/):
 - `tensorrt_llm.LLM` is the PyTorch one and refuses the engine's fields (build_config, quant_config, calib_config, enable_build_cache,
@@ -30,7 +30,7 @@ Rules that are no names, and that the double reproduces, each with the upstream 
 - engines are built in a temporary folder below `workspace`, then copied by save: llmapi/llm.py, BaseLLM.__init__, _TrtLLM.save.
 - rank 0 alone writes output_timing_cache: builder.py, build.
 - with TLLM_WORKER_USE_SINGLE_PROCESS=1 one GPU's model runs in the calling process, without MPI: executor/executor.py,
-  GenerationExecutor.create. What generate_async returns can be awaited: executor/result.py, GenerationResult.
+  GenerationExecutor.create. What generate_async returns can be awaited and aborted: executor/result.py, GenerationResult.
 - the PyTorch sampler ignores a request's seed up to 1.2, and with the FlashInfer that 1.3 pins takes the first row's for all it draws
   together (_torch/pyexecutor/sampler/seed_manager.py); the C++ one ("TRTLLMSampler", always used by engines) takes each. From
   1.3.0rc26 on there is none but the first, and asking for the other is an error: there no setting makes seeds belong to rows.
