@@ -17,9 +17,9 @@ from spin_megatron.generation.engine import EXTERNAL, Environment, provider
 from spin_megatron.launch.gpus import pool_for
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
 from spin_megatron.pipeline import STAGES, StageRef, early_stop, folder_of, line, log_folder, made_in, redo, require_current
-from spin_megatron.plan.command import check_config_fits, shape_on_this_machine
+from spin_megatron.plan.command import check_config_fits, check_model, shape_on_this_machine
 from spin_megatron.plan.hardware import find_gpu
-from spin_megatron.plan.precision import PRECISIONS, check_capability, check_precision
+from spin_megatron.plan.precision import PRECISIONS, check_capability
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.telemetry import progress_bar
@@ -78,18 +78,7 @@ def check_config(config: RunConfig) -> None:
     if shape is None:
         logger.info("model.path=%s is a hub name: its shape is checked when export 0 has fetched it", config.model.path)
         return
-    layout, train = config.parallel.layout(), config.train
-    layout.check(shape)
-    layout.check_pack(train.pack_tokens)
-    check_precision(train.precision, shape, layout, pack_tokens=train.pack_tokens, num_bf16_end_layers=train.num_bf16_end_layers)
-    if (adapters := config.lora.shape()) is not None:
-        adapters.check(shape)
-    longest = config.data.max_prompt_tokens + config.data.max_response_tokens
-    if longest > shape.max_positions:
-        raise ValueError(
-            f"data.max_prompt_tokens + data.max_response_tokens = {longest} is beyond the model's {shape.max_positions} positions "
-            f"({config.model.path}, config.json); lower one of them."
-        )
+    check_model(config, shape)
     if config.slurm.gpu is not None:
         check_config_fits(config, config.slurm.gpu)
 

@@ -16,7 +16,7 @@ from spin_megatron.plan.duration import IterationTime, RunSettings, Storage, Wor
 from spin_megatron.plan.hardware import GIGA, GPUS, Gpu, find_gpu
 from spin_megatron.plan.layouts import Candidate, Question, Refusal, Search, by_recompute, check_fits, describe, search, try_layout
 from spin_megatron.plan.memory import RankMemory, Recompute, TrainSettings, all_ranks
-from spin_megatron.plan.precision import PRECISIONS, PrecisionName, check_capability
+from spin_megatron.plan.precision import PRECISIONS, PrecisionName, check_capability, check_precision
 from spin_megatron.plan.shape import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -215,6 +215,25 @@ def _run_settings(config: RunConfig, question: Question, storage: Storage) -> tu
         storage=storage,
     )
     return run, warnings
+
+
+def check_model(config: RunConfig, shape: ModelShape) -> None:
+    """Refuse a config that cannot train this model: by its layout, packs, precision, adapters or lengths. `check` and `export` call it.
+
+    Raises:
+        ValueError: names the setting, what the model has, and the cure.
+    """
+    layout, train = config.parallel.layout(), config.train
+    layout.check_training(shape, train.pack_tokens)
+    check_precision(train.precision, shape, layout, pack_tokens=train.pack_tokens, num_bf16_end_layers=train.num_bf16_end_layers)
+    if (adapters := config.lora.shape()) is not None:
+        adapters.check(shape)
+    longest = config.data.max_prompt_tokens + config.data.max_response_tokens
+    if longest > shape.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + data.max_response_tokens = {longest} is beyond the model's {shape.max_positions} positions "
+            f"({config.model.path}, config.json); lower one of them."
+        )
 
 
 def check_config_fits(config: RunConfig, gpu_name: str, *, model_config: Path | None = None) -> Candidate:

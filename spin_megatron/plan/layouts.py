@@ -152,8 +152,7 @@ def balanced_stages(num_layers: int, layout: ParallelLayout, *, head_layers: flo
 def try_layout(question: Question, layout: ParallelLayout, *, recompute: Recompute | None = None) -> Candidate | Refusal:
     """Check one layout; with its rates when it fits, with the reason when it does not."""
     try:
-        layout.check(question.shape)
-        layout.check_pack(question.settings.pack_tokens)
+        layout.check_training(question.shape, question.settings.pack_tokens)
         check_precision(question.settings.precision, question.shape, layout, pack_tokens=question.settings.pack_tokens)
     except ValueError as error:
         return Refusal(layout, "shape", str(error))
@@ -239,17 +238,17 @@ def check_fits(question: Question, layout: ParallelLayout, recompute: Recompute)
         cure = f"on {layout.world_size} GPUs this fits: {describe(found[0])}."
     else:
         cure = f"no layout of {layout.world_size} GPUs fits; use more or larger GPUs, or a smaller train.pack_tokens"
-        cure += f"{with_offload(question, layout.world_size)}."
+        with_offload = best_with_offload(question, layout.world_size)
+        cure += "." if with_offload is None else f", or optimizer.offload_fraction=1, with which this fits: {describe(with_offload)}."
     raise ValueError(f"[parallel] {_fields(layout)}: {outcome.reason.rstrip('.')}; {cure}")
 
 
-def with_offload(question: Question, num_gpus: int) -> str:
-    """What fits with the optimizer in the host's memory, as the end of a sentence; empty where nothing does, or where it is there."""
+def best_with_offload(question: Question, num_gpus: int) -> Candidate | None:
+    """The fastest layout with the optimizer in the host's memory; None where none fits, or where it is there or cannot be."""
     settings = question.settings
     if settings.offload_fraction or settings.precision == "fp32" or settings.adapters is not None or not settings.distributed_optimizer:
-        return ""
-    found = search(replace(question, settings=replace(settings, offload_fraction=1.0)), num_gpus).candidates
-    return f", or optimizer.offload_fraction=1, with which this fits: {describe(found[0])}" if found else ""
+        return None
+    return next(iter(search(replace(question, settings=replace(settings, offload_fraction=1.0)), num_gpus).candidates), None)
 
 
 def describe(candidate: Candidate) -> str:

@@ -183,6 +183,20 @@ class ParallelLayout:
             raise ValueError("parallel.sequence=true splits over tensor ranks and parallel.tensor=1 (config.toml [parallel]); use false.")
         self._check_expert(shape)
 
+    def check_training(self, shape: ModelShape, pack_tokens: int) -> None:
+        """Refuse a layout that cannot train the model on such packs; some of them can score it.
+
+        Raises:
+            ValueError: as `check` and `check_pack`, or names parallel.sequence.
+        """
+        self.check(shape)
+        self.check_pack(pack_tokens)
+        if shape.num_experts is not None and self.tensor > 1 and not self.sequence:
+            raise ValueError(
+                f"parallel.sequence=false with parallel.tensor={self.tensor}: Megatron Core trains experts over tensor ranks with sequence "
+                "parallelism only (config.toml [parallel]); use true."
+            )
+
     def check_pack(self, pack_tokens: int) -> None:
         """Refuse packs that do not divide into what a rank holds of them: two chunks a context rank, split again by sequence parallelism.
 

@@ -7,13 +7,14 @@ from rich.table import Table
 from spin_megatron.plan.command import Plan
 from spin_megatron.plan.duration import IterationTime, gpu_hours
 from spin_megatron.plan.hardware import GIGA
-from spin_megatron.plan.layouts import Candidate, Refusal, by_recompute, describe, usable_bytes, with_offload
+from spin_megatron.plan.layouts import Candidate, Refusal, best_with_offload, by_recompute, describe, usable_bytes
 from spin_megatron.plan.memory import RankMemory, chunks_in_flight
 from spin_megatron.plan.parameters import count_parameters
 from spin_megatron.plan.shape import ParallelLayout
 
 # Wide enough for every column, so that a plan in a file or a pipe is not cut.
 _WIDTH = 132
+_HOST_WIDTH = 10
 _REFUSED_SHOWN = 8
 _LAYOUT_COLUMNS = ("TP", "PP", "VP", "CP", "DP", "EP", "recompute", "GB/GPU")
 _RATE_COLUMNS = ("pairs/update", "s/update", "tokens/s/GPU", "MFU", "bubble", "pairs/s")
@@ -23,7 +24,7 @@ _STAGE_COLUMNS = ("engine", "generate", "reference", "train", "checkpoints", "ex
 
 def print_plan(plan: Plan, *, top: int, show_refused: bool) -> None:
     """Print layouts, the best one's memory and time, the run's stages, and the refused layouts."""
-    console = Console(width=_WIDTH, highlight=False)
+    console = Console(width=_WIDTH + (_HOST_WIDTH if plan.question.settings.offload_fraction else 0), highlight=False)
     console.print(_headline(plan))
     candidates = plan.search.candidates
     if candidates:
@@ -38,8 +39,9 @@ def print_plan(plan: Plan, *, top: int, show_refused: bool) -> None:
         for warning in plan.warnings:
             console.print(f"[bold]Note:[/bold] {escape(warning)}", soft_wrap=True)
     else:
-        cure = with_offload(plan.question, plan.num_gpus)
-        console.print(f"[bold]No layout of {plan.num_gpus} {plan.question.gpu.name} fits[/bold]{cure}.", soft_wrap=True)
+        found = best_with_offload(plan.question, plan.num_gpus)
+        cure = "" if found is None else f" With optimizer.offload_fraction=1 this does: {describe(found)}."
+        console.print(f"[bold]No layout of {plan.num_gpus} {plan.question.gpu.name} fits.[/bold]{cure}", soft_wrap=True)
     _print_refusals(console, plan.search.refusals, everything=show_refused or not candidates)
 
 

@@ -17,7 +17,7 @@ from spin_megatron.config import RunConfig
 from spin_megatron.convert.adapters import write_peft
 from spin_megatron.convert.hf_io import HfFolder, check_tensors, model_card
 from spin_megatron.convert.torch_dist import torch_dist_to_hf
-from spin_megatron.plan.command import check_config_fits
+from spin_megatron.plan.command import check_config_fits, check_model
 from spin_megatron.plan.precision import PrecisionName
 from spin_megatron.plan.shape import ModelShape, model_folder
 from spin_megatron.run.manifest import MANIFEST_NAME, installed_versions, is_disk_full, write_text
@@ -43,7 +43,7 @@ def run(context: StageContext) -> StageOutput:
 def _take_base_model(context: StageContext, folder: Path) -> dict[str, Any]:
     source = base_folder(context.config.model.path, context.config.model.revision)
     shape = check_folder(source)
-    context.config.parallel.layout().check(shape)
+    check_model(context.config, shape)
     if context.config.slurm.gpu is not None:  # of a hub's model nothing was known before
         check_config_fits(context.config, context.config.slurm.gpu, model_config=model_folder(source) / "config.json")
     if model_folder(source) != source:
