@@ -5,9 +5,11 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from spin_megatron.config import RunConfig
 from spin_megatron.mcore import reference
@@ -15,7 +17,7 @@ from spin_megatron.mcore.optimizer import UpdateRule
 from spin_megatron.mcore.runtime import running
 from spin_megatron.plan.shape import ParallelLayout
 from spin_megatron.run.layout import RunLayout
-from spin_megatron.run.records import ReferenceScore, read_rows
+from spin_megatron.run.records import Pack, ReferenceScore, read_rows
 from spin_megatron.stages import train
 from spin_megatron.stages.context import StageContext
 from tests.parity.gloo import meeting_ports, run_ranks
@@ -63,8 +65,9 @@ def _prepare(root: Path, case: Case) -> RunLayout:
 
 
 def _config(root: Path, case: Case) -> RunConfig:
-    settings = {"precision": case.precision, "recompute": case.recompute, "schedule_epochs": 1, "global_batch_pairs": 20}
-    return make_config(root, parallel=case.parallel, train=settings)
+    settings = {"precision": case.precision, "recompute": case.recompute}
+    steps = {"schedule_epochs": 1, "global_batch_pairs": 20, "save_every_steps": 100}
+    return make_config(root, parallel=case.parallel, train=settings | steps)
 
 
 def _after(polls: int) -> Callable[[], bool]:
@@ -143,6 +146,21 @@ def test_a_reference_that_was_stopped_goes_on_with_the_same_bits(runs: dict[str,
     assert [[step[name] for name in numbers] for step in _steps(stopped)] == [
         [step[name] for name in numbers] for step in _steps(undisturbed)
     ]
+
+
+def test_only_with_experts_over_ranks_a_cache_belongs_to_its_steps() -> None:
+    packs = [Pack(number, (str(number),), 1) for number in range(4)]
+    steps, others = [packs[:2], packs[2:]], [packs[::2], packs[1::2]]
+
+    def identity(layout: ParallelLayout, steps: list[list[Pack]]) -> dict[str, Any]:
+        runtime: Any = SimpleNamespace(layout=layout, device=torch.device("cpu"))
+        return reference.numerics(runtime, torch.float32, steps=steps)
+
+    assert identity(ParallelLayout(data=2), steps) == identity(ParallelLayout(data=4), others)
+    over_two = identity(ParallelLayout(data=2, expert=2), steps)
+    assert over_two == identity(ParallelLayout(data=2, expert=2), steps)
+    assert over_two != identity(ParallelLayout(data=2, expert=2), others)
+    assert over_two != identity(ParallelLayout(data=4, expert=2), steps)
 
 
 def test_swapping_real_and_generated_flips_the_margin(trained: tuple[dict[str, RunLayout], list[float]]) -> None:

@@ -145,6 +145,19 @@ def test_a_cache_of_other_packs_is_made_anew(undisturbed: RunLayout, tmp_path: P
     assert_same(undisturbed, layout)
 
 
+def test_parts_of_other_steps_are_not_taken_for_parts_of_these(
+    undisturbed: RunLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a stop in the reference phase, resumed at another data-parallel size."""
+    monkeypatch.setattr(reference, "PACKS_PER_PART", 4)
+    layout = make_run(tmp_path)
+    assert run_train(layout, make_config(tmp_path, train={"global_batch_pairs": 12}), stop=after(2)).stopped
+    assert len(list(layout.reference(0).glob("train_*.parquet"))) == 1
+    assert not run_train(layout).stopped
+    assert_same(undisturbed, layout)
+    assert sorted(path.name for path in layout.reference(0).glob("*.parquet")) == ["held_out.parquet", "train.parquet"]
+
+
 def test_settings_that_changed_since_the_checkpoint_are_refused(tmp_path: Path) -> None:
     layout = make_run(tmp_path)
     run_train(layout, stop=after(5))
