@@ -1,5 +1,7 @@
 """The printed settings are a config: filled in, they are the defaults."""
 
+import re
+import textwrap
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,6 +11,9 @@ from spin_megatron.config_file import load_config
 from spin_megatron.report import settings
 
 MINIMAL = '[model]\npath = "org/m"\nrevision = "abc"\n[data]\nsource = "org/d"\nrevision = "abc"\n'
+
+
+README = Path(__file__).parents[2] / "README.md"
 
 
 def lines_of(section: str) -> list[str]:
@@ -24,6 +29,17 @@ def test_the_printed_settings_with_what_is_required_are_the_defaults(tmp_path: P
     for name, text in (("filled", printed), ("minimal", MINIMAL)):
         (tmp_path / f"{name}.toml").write_text(text, encoding="utf-8")
     assert load_config(tmp_path / "filled.toml", []) == load_config(tmp_path / "minimal.toml", [])
+
+
+def test_the_least_config_of_the_readme_loads_with_defaults_for_the_rest(tmp_path: Path) -> None:
+    block = re.search(r"^The least config .*:\n\n((?:    .*\n)+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert block is not None
+    (tmp_path / "config.toml").write_text(textwrap.dedent(block[1]), encoding="utf-8")
+    (tmp_path / "conversations.jsonl").touch()
+    config = load_config(tmp_path / "config.toml", [])
+    assert config.model.path == "/models/my-sft-model"
+    assert config.data.source == str(tmp_path / "conversations.jsonl")
+    assert config.model_fields_set == {"model", "data"}
 
 
 def test_a_line_says_type_and_default_and_what_is_required_absent_or_per_iteration() -> None:
