@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command of less than 8 minutes on one H100 or H200: tests/gpu (CPU-GPU agreement, bf16 and each
-# FP8 recipe from margins of exactly 0, memory and time of a slice of 70B against the plan, a killed run that goes on), and the benchmark
-# of the head. tools/benchmarks has the longer ones.
+# FP8 recipe from margins of exactly 0, memory and time of a slice of 70B against the plan, the optimizer in the host's memory, a killed run
+# that goes on), and the benchmark of the head. tools/benchmarks has the longer ones.
 #
 #   tools/gpu_check.sh [OUT]                in the environment of tools/cuda_environment.sh: . DIR/activate first
 #   WHEELS=DIR tools/gpu_check.sh [OUT]     python3.12 with torch 2.11 for CUDA 13.0 and nothing else: installs DIR/*.whl, without an index

@@ -9,10 +9,14 @@ import torch
 
 from spin_megatron.data.progress import Progress
 from spin_megatron.mcore.checkpoint import load_training, save_training
-from spin_megatron.mcore.optimizer import UpdateRule
+from spin_megatron.mcore.model import build_model
+from spin_megatron.mcore.optimizer import UpdateRule, apply_gradients, build_trainer, clear_gradients, parts
+from spin_megatron.mcore.optimizer_state import Slot, slots
 from spin_megatron.mcore.runtime import Runtime, running
-from spin_megatron.plan.shape import ParallelLayout
+from spin_megatron.plan.memory import TrainSettings, state_bytes
+from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from tests.gpu import bodies
+from tests.parity.fake_ranks import fake_rank
 from tests.parity.gloo import meeting_ports, run_ranks
 from tests.parity.offloading import HostTensor, a_gpu_and_a_host
 from tests.parity.tiny_models import make_tiny_model
@@ -96,3 +100,27 @@ def test_a_cpu_has_nothing_to_offload_from(model: Path) -> None:
         pytest.raises(ValueError, match=r"offload_fraction=1: on a CPU .* use 0"),
     ):
         _bench(model, "adamw", 1.0, runtime)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_is_planned_for_the_host_is_what_lies_there(name: str) -> None:
+    layout, shape = ParallelLayout(data=2), ModelShape("qwen3", 2, 72, 88, 6, 2, 12, 257, 64, 1e-6, 1e4, qk_norm=True)
+    settings = TrainSettings(64, 1, optimizer=RULES[name].name, offload_fraction=1.0)
+    for rank in range(layout.data):
+        with fake_rank(layout, rank, device="cpu") as runtime, a_gpu_and_a_host():
+            chunks = build_model(shape, runtime, dtype=torch.bfloat16)
+            for parameter in chunks[0].parameters():
+                torch.nn.init.zeros_(parameter)
+            trainer = build_trainer(chunks, replace(RULES[name], offload_fraction=1.0))
+            clear_gradients(trainer)
+            apply_gradients(trainer, learning_rate=1e-3)
+            (hybrid,) = (part.optimizer for part in parts(trainer.optimizer))
+            held = [tensor for slot in slots(trainer.optimizer) if slot.main is not None for tensor in _of(slot, RULES[name])]
+            assert all(isinstance(tensor, HostTensor) for tensor in held)
+            in_host = sum(tensor.nbytes for tensor in (*held, *hybrid.cpu_copy_map_grad.values()))
+        planned = state_bytes(shape, layout, settings, 0, rank)
+        assert (planned.host, planned.optimizer) == (in_host, 0)
+
+
+def _of(slot: Slot, rule: UpdateRule) -> list[torch.Tensor]:
+    return [slot.main, *(slot.inner.state[slot.main][name] for name in rule.state_names)]
