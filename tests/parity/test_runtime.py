@@ -33,6 +33,19 @@ def _coordinates(layouts: list[ParallelLayout], ports: list[int]) -> list[list[i
     return found
 
 
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_memory_between_tensors_that_live_on_goes_back_to_the_system() -> None:
+    with running(ParallelLayout(), device="cpu", seed=1):
+        tensors = [torch.ones(2**19) for _ in range(64)]  # 2 MiB each
+        before = _resident_bytes()
+        del tensors[::2]
+        assert before - _resident_bytes() > 56 * 2**20
+
+
 def test_ranks_are_laid_out_tensor_first_then_data_then_pipeline() -> None:
     layouts = [ParallelLayout(tensor=2, data=2), ParallelLayout(data=2, pipeline=2)]
     with meeting_ports(len(layouts)) as ports:
