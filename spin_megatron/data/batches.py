@@ -43,6 +43,12 @@ class PackBatch:
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens_T", "positions_T", "rows_R", "targets_R")}
         return replace(self, **moved)
 
+    def without_padding(self, unit: int) -> "PackBatch":
+        """The batch without the padding behind its branches, but for what makes its tokens a multiple of `unit` (at least one of it)."""
+        used = int(self.branches_B4[-1, 2:].sum()) if self.branches_B4.shape[0] else 0
+        kept = max(1, -(-used // unit)) * unit
+        return replace(self, tokens_T=self.tokens_T[:kept], positions_T=self.positions_T[:kept])
+
     def pin(self) -> "PackBatch":
         """The batch in page-locked memory, from which `to` copies while the GPU computes."""
         pinned = {name: getattr(self, name).pin_memory() for name in ("tokens_T", "positions_T", "rows_R", "targets_R")}

@@ -54,8 +54,11 @@ def run_schedule(
     Raises:
         ValueError: sequence or context parallelism does not divide the packs.
     """
-    pack_tokens = batches[0].tokens_T.shape[0]
-    runtime.layout.check_pack(pack_tokens)
+    layout, pack_tokens = runtime.layout, batches[0].tokens_T.shape[0]
+    unit = layout.check_pack(pack_tokens)
+    if runtime.device.type == "cpu" and layout.pipeline == layout.expert == 1:
+        # Pipeline stages and experts' ranks exchange packs of one length, and a GPU's allocator and kernels want one. A CPU gains.
+        batches = [batch.without_padding(unit) for batch in batches]
     collected: list[Any] = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[on_device(batches, runtime.device) for _ in chunks],

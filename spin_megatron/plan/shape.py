@@ -197,8 +197,8 @@ class ParallelLayout:
                 "parallelism only (config.toml [parallel]); use true."
             )
 
-    def check_pack(self, pack_tokens: int) -> None:
-        """Refuse packs that do not divide into what a rank holds of them: two chunks a context rank, split again by sequence parallelism.
+    def check_pack(self, pack_tokens: int) -> int:
+        """What must divide a pack's tokens: two chunks a context rank, split again by sequence parallelism.
 
         Raises:
             ValueError: names train.pack_tokens and the nearest length that does.
@@ -210,6 +210,7 @@ class ParallelLayout:
                 f"rank) and parallel.sequence={str(self.sequence).lower()} (parallel.tensor={self.tensor} parts) split a pack "
                 f"(config.toml); use {-(-pack_tokens // unit) * unit}."
             )
+        return unit
 
     def _check_tensor(self, shape: ModelShape) -> None:
         if _tensor_divides(shape, self.tensor):

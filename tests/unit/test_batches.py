@@ -42,6 +42,15 @@ def test_the_planned_length_is_the_length_taken(share_prompt: bool) -> None:
             make_batch([pair], pack_tokens=num_tokens - 1, pad_id=0, share_prompt=share_prompt)
 
 
+@pytest.mark.parametrize(("unit", "kept"), [(1, 6), (4, 8)])
+def test_only_padding_that_fills_a_unit_is_left(unit: int, kept: int) -> None:
+    batch = make_batch([PAIR], pack_tokens=16, pad_id=0, share_prompt=True)
+    assert int(batch.branches_B4[-1, 2:].sum()) == 6
+    short = batch.without_padding(unit)
+    assert (short.tokens_T.tolist(), short.positions_T.tolist()) == (batch.tokens_T[:kept].tolist(), batch.positions_T[:kept].tolist())
+    assert make_batch([], pack_tokens=16, pad_id=0, share_prompt=True).without_padding(unit).tokens_T.shape == (unit,)
+
+
 def test_no_pairs_make_a_batch_of_padding() -> None:
     batch = make_batch([], pack_tokens=4, pad_id=7, share_prompt=True)
     assert batch.tokens_T.tolist() == [7, 7, 7, 7]
