@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spin_megatron.mcore.context import ContextPlan, gather_pack, plan_context
+from spin_megatron.mcore.rotary import rotate
 from spin_megatron.mcore.varlen import PlanCache, VarlenPlan, branch_keys, gather_keys
 
 BackendName = Literal["cpu_flash", "flash_attn", "transformer_engine", "torch_varlen", "sdpa"]
@@ -102,6 +103,7 @@ class BranchAttention(torch.nn.Module):
         backend: Backend,
         plans: PlanCache[VarlenPlan],
         shares: PlanCache[ContextPlan] | None = None,
+        rotary: PlanCache[Tensor] | None = None,
     ) -> None:
         super().__init__()
         assert attention_type == "self", "branches describe self-attention"
@@ -114,6 +116,7 @@ class BranchAttention(torch.nn.Module):
         self.plans = plans
         self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.shares = shares or PlanCache(make=plan_context)
+        self.rotary = rotary  # None: queries and keys come rotated
         self._te_modules: dict[tuple[int, int], Any] = {}
 
     def forward(
@@ -143,6 +146,11 @@ class BranchAttention(torch.nn.Module):
         assert query.shape[1] == 1, "a micro-batch is one pack"
         branches_B4 = attention_mask
         query_TND, key_TGD, value_TGD = (tensor.squeeze(1) for tensor in (query, key, value))
+        if self.rotary is not None:
+            size, rank = (1, 0) if self.context_group is None else (self.context_group.size(), self.context_group.rank())
+            table_2T1D = self.rotary.get(branches_B4, query.device, query.shape[0] * size, size, rank)
+            # The values' copy lets go of the projection's whole output, of which they are a part.
+            query_TND, key_TGD, value_TGD = rotate(query_TND, table_2T1D), rotate(key_TGD, table_2T1D), value_TGD.contiguous()
         if self.context_group is not None:
             key_TGD, value_TGD, branches_B4 = self._share(key_TGD, value_TGD, branches_B4, self.context_group)
         if branches_B4.shape[0] == 0:

@@ -107,7 +107,7 @@ def _add_adapter(linear: Any, target: Target, layer: int, lora: Lora, runtime: R
     if hasattr(linear, "return_layernorm_output"):
         # Transformer Engine's norm and projection in one (TELayerNormColumnParallelLinear): the adapter reads what lies between.
         linear.return_layernorm_output = True
-    linear.register_forward_hook(_add_output)
+    linear.register_forward_hook(_add_output, prepend=True)  # before the one that frees the input (mcore.layers)
 
 
 def _add_output(linear: Any, inputs: tuple[Tensor, ...], output: tuple[Any, Any]) -> tuple[Tensor, Any]:

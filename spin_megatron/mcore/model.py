@@ -9,7 +9,6 @@ Shapes: T tokens of the pack (a sequence-parallel rank holds T/TP of them betwee
 """
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +26,9 @@ from spin_megatron.convert.hf_io import HfFolder, check_tensors
 from spin_megatron.mcore.attention import choose_backend
 from spin_megatron.mcore.context import own_tokens, sum_rows
 from spin_megatron.mcore.fused import choose_weight_gradients
-from spin_megatron.mcore.layers import LayerSpec, SpecKind, choose_layer_spec, layer_submodules
+from spin_megatron.mcore.layers import LayerSpec, SpecKind, choose_layer_spec, layer_submodules, make_inputs_again
 from spin_megatron.mcore.precision import Fp8, require_fp8
+from spin_megatron.mcore.rotary import inverse_frequencies, rotary_angles
 from spin_megatron.mcore.runtime import Runtime
 from spin_megatron.objective.logprobs import vocab_parallel_logprobs
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
@@ -82,7 +82,8 @@ class SpinModel(GPTModel):
         hidden_T1H: Tensor = self.decoder(
             hidden_states=embedded_T1H,
             attention_mask=branches_B4,
-            rotary_pos_emb=rotary_angles(positions_1T[0], self.rotary_pos_emb.inv_freq),
+            # Local layers rotate in our attention, Transformer Engine's with its fused kernel.
+            rotary_pos_emb=rotary_angles(positions_1T[0], self.rotary_pos_emb.inv_freq) if self.config.apply_rope_fusion else None,
         )
         return self.score(hidden_T1H, rows_R, targets_R, own_T) if self.post_process else hidden_T1H
 
@@ -125,35 +126,6 @@ class SpinModel(GPTModel):
         )
 
 
-def inverse_frequencies(shape: ModelShape) -> Tensor:
-    """Rotary angle of each pair of head dimensions per position: [D/2] fp32.
-
-    theta**(-2i/D); "linear" scaling divides it by factor; "llama3" divides only long wavelengths, keeps short ones and blends between
-    (Llama 3.1's rule, with the constants of the model's own config).
-    """
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
-    frequencies = 1.0 / (shape.rope_theta**exponents)
-    scaling = shape.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions
-    assert low is not None
-    assert high is not None
-    assert original is not None
-    # How many turns a pair makes over the original context: fewer than `low` is long, more than `high` is short.
-    turns = original * frequencies / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - keep) * frequencies / scaling.factor + keep * frequencies
-
-
-def rotary_angles(positions_T: Tensor, inv_freq: Tensor) -> Tensor:
-    """Angles for Megatron Core's apply_rotary_pos_emb, which rotates half-split heads: [T, 1, 1, D] fp32."""
-    angles = positions_T.float()[:, None] * inv_freq[None, :]
-    return torch.cat((angles, angles), dim=-1)[:, None, None, :]
-
-
 def build_model(
     shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, recompute: Recompute = "none", fp8: Fp8 | None = None
 ) -> list[SpinModel]:
@@ -183,7 +155,9 @@ def build_model(
         gradients = choose_weight_gradients(spec, runtime.device)
         logger.info("weight gradients: %s (%s)", gradients.maker, gradients.reason)
     config = transformer_config(shape, runtime, dtype=dtype, recompute=recompute, spec=spec.kind, fp8=fp8)
-    layer, norm = layer_submodules(spec.kind, num_experts=shape.num_experts, qk_norm=shape.qk_norm, attention=attention)
+    layer, norm = layer_submodules(
+        spec.kind, num_experts=shape.num_experts, qk_norm=shape.qk_norm, attention=attention, inv_freq=inverse_frequencies(shape)
+    )
     virtual = layout.virtual_pipeline
     chunks = []
     for stage in range(virtual):
@@ -198,6 +172,8 @@ def build_model(
             pg_collection=runtime.groups.megatron,
             vp_stage=vp_stage,
         )
+        if spec.kind == "local":
+            make_inputs_again(chunk)
         chunks.append(chunk.to(runtime.device))
     return chunks
 

@@ -16,6 +16,7 @@ ROWS, HIDDEN = 23, 12
 CASES: dict[str, dict[str, Any]] = {
     # padded: rows of the whole padded weight, a multiple of 4; vocab: how many of them are true.
     "padded tail inside the last shard": {"vocab": 109, "padded": 112},
+    "a prime number of columns on each of four ranks": {"vocab": 124, "padded": 124},
     "last ranks without a true column": {"vocab": 40, "padded": 112},
     "small tiles": {"vocab": 109, "padded": 112, "vocab_chunk": 5, "row_block": 4},
     "temperature": {"vocab": 109, "padded": 112, "temperature": 0.5},

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_megatron.mcore.layers import LayerSpec, RmsNorm, Swiglu, choose_layer_spec
+from spin_megatron.mcore.layers import LayerSpec, RmsNorm, Swiglu, choose_layer_spec, make_inputs_again
+from spin_megatron.mcore.rotary import inverse_frequencies, rotary_table, rotate
 from spin_megatron.plan.shape import ModelShape, RopeScaling
 
 
@@ -71,6 +72,68 @@ def test_nothing_of_the_input_s_size_is_kept_but_the_input(module: torch.nn.Modu
     assert sum(numbers.values()) == kept
 
 
+class _Product(torch.nn.Linear):
+    """As Megatron Core's linear layers: (product, bias or None)."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(hidden), None
+
+
+class _Layer(torch.nn.Module):
+    """A norm and a gated MLP, as they follow each other in a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.activation = _norm(torch.float64), Swiglu(None)
+        self.linear_fc1, self.linear_fc2 = (_Product(*sizes, bias=False, dtype=torch.float64) for sizes in ((16, 24), (12, 16)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.normed = self.norm(hidden)
+        self.activated = self.activation(self.linear_fc1(self.normed)[0])
+        product: Tensor = self.linear_fc2(self.activated)[0]
+        return product
+
+
+def test_inputs_of_products_are_freed_and_made_again_to_the_same_bits() -> None:
+    outcomes = []
+    for is_lean in (False, True):
+        layer, hidden = _Layer(), _random(300, 1, 16)
+        if is_lean:
+            make_inputs_again(layer)
+        out = layer(hidden)
+        sizes = [tensor.untyped_storage().nbytes() for tensor in (layer.normed, layer.activated)]
+        assert sizes == ([0, 0] if is_lean else [300 * 16 * 8, 300 * 12 * 8])
+        out.square().sum().backward()
+        outcomes.append([out.detach(), hidden.grad, *(parameter.grad for parameter in layer.parameters())])
+    for kept, made_again in zip(*outcomes, strict=True):
+        assert torch.equal(kept, made_again)
+
+
+def test_without_gradients_nothing_is_freed() -> None:
+    layer = _Layer()
+    make_inputs_again(layer)
+    with torch.no_grad():
+        layer(_random(3, 1, 16))
+    assert layer.normed.untyped_storage().nbytes() == 3 * 16 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pack_is_rotated_as_transformers_rotates_each_sequence(dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    inv_freq = inverse_frequencies(_shape(8, 10000.0, None))
+    # A prompt of 3, answers of 4 and 2 that go on from it, one token of padding.
+    table = rotary_table(torch.tensor([[0, 0, 0, 3], [0, 3, 3, 4], [0, 3, 7, 2]]), torch.device("cpu"), 10, 1, 0, inv_freq=inv_freq)
+    angles = torch.tensor([0, 1, 2, 3, 4, 5, 6, 3, 4, 0])[:, None] * torch.cat((inv_freq, inv_freq))
+    heads = _random(10, 2, 8, dtype=dtype)
+    cosine, sine = (part[None].to(dtype) for part in (angles.cos(), angles.sin()))
+    expected, _ = apply_rotary_pos_emb(heads[None], heads[None], cosine, sine, unsqueeze_dim=2)
+    # transformers rounds each of the two products that are added.
+    torch.testing.assert_close(rotate(heads, table), expected[0], rtol=0, atol=16 * torch.finfo(dtype).eps)
+    assert torch.autograd.gradcheck(lambda wide: rotate(wide, table.double()), (_random(10, 2, 8),))
+
+
 def _shape(head_dim: int, theta: float, scaling: RopeScaling | None) -> ModelShape:
     return ModelShape(
         family="llama",
@@ -102,8 +165,6 @@ def _shape(head_dim: int, theta: float, scaling: RopeScaling | None) -> ModelSha
 def test_rotary_frequencies_equal_transformers(theta: float, head_dim: int, scaling: RopeScaling | None) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    from spin_megatron.mcore.model import inverse_frequencies
 
     rope: dict[str, object] = {"rope_theta": theta, "rope_type": "default" if scaling is None else scaling.kind}
     if scaling is not None:

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from spin_megatron.data.batches import make_batch
-from spin_megatron.mcore.model import SpinModel, build_model, load_huggingface, rotary_angles, transformer_config
+from spin_megatron.mcore.model import SpinModel, build_model, load_huggingface, transformer_config
 from spin_megatron.mcore.optimizer import Trainer, UpdateRule, apply_gradients, build_trainer, clear_gradients
+from spin_megatron.mcore.rotary import rotary_angles
 from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.mcore.training import Objective, train_step
 from spin_megatron.objective.logprobs import VOCAB_CHUNK
