@@ -156,7 +156,8 @@ class TrainSection(Section):
     stop_epoch: int | list[int] | None = Field(None, description="leave after this many epochs of the schedule; per iteration")
     save_every_steps: int = Field(100, gt=0, description="the end of the stage saves in any case")
     keep_checkpoints: int = Field(2, gt=0, description="the newest ones")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="compute activations again: less memory, more time")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="products made twice: none, the MLPs' or experts', all")
+    kept_logit_bytes: int = Field(128 * 2**20, ge=0, description="logits a rank keeps for the backward; the others are made twice")
     distributed_optimizer: bool = Field(True, description="each data rank keeps a part of the optimizer's state")
     max_skipped_steps: int = Field(5, gt=0, description="non-finite updates in a row after which the run stops")
 
@@ -214,9 +215,7 @@ class ParallelSection(Section):
     context: int = Field(1, gt=0, description="ranks that share the tokens of a pack")
     expert: int = Field(1, gt=0, description="ranks that share the experts of a mixture")
     virtual_pipeline: int = Field(1, gt=0, description="parts of the model that a pipeline rank holds")
-    stage_layers: tuple[int, ...] = Field(
-        (), description="layers of each stage (pipeline x virtual_pipeline numbers in the model's order); absent: equal"
-    )
+    stage_layers: tuple[int, ...] = Field((), description="layers of each (virtual) stage, in the model's order; absent: equal")
     overlap: Literal["auto", "on", "off"] = Field(
         "auto", description="reduce gradients and gather weights over data ranks beside computation; auto: on GPUs"
     )
@@ -310,6 +309,7 @@ class SlurmSection(Section):
         return self.stages.get(stage, SlurmStageSection())
 
 
+OPERATIONAL = ("save_every_steps", "keep_checkpoints", "recompute", "kept_logit_bytes", "distributed_optimizer", "max_skipped_steps")
 PER_ITERATION = ("data.window", "objective.beta", "optimizer.learning_rate", "train.schedule_epochs", "train.stop_epoch")
 
 

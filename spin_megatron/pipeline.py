@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from spin_megatron.config import PER_ITERATION, RunConfig, StageName, StopSection, flat_settings
+from spin_megatron.config import OPERATIONAL, PER_ITERATION, RunConfig, StageName, StopSection, flat_settings
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held, is_held
@@ -121,9 +121,7 @@ STAGES: dict[StageName, Stage] = {
         ("run.seed", "objective", "optimizer", "train", "lora"),
         lambda layout, ref: layout.train(ref.iteration),
         lambda config, t: (StageRef("merge", t), StageRef("export", t)),
-        ignored=tuple(
-            f"train.{name}" for name in ("save_every_steps", "keep_checkpoints", "recompute", "distributed_optimizer", "max_skipped_steps")
-        ),
+        ignored=tuple(f"train.{name}" for name in OPERATIONAL),
         resumes=True,
         distributed=True,
     ),

@@ -30,7 +30,7 @@ from spin_megatron.mcore.layers import LayerSpec, SpecKind, choose_layer_spec, l
 from spin_megatron.mcore.precision import Fp8, require_fp8
 from spin_megatron.mcore.rotary import inverse_frequencies, rotary_angles
 from spin_megatron.mcore.runtime import Runtime
-from spin_megatron.objective.logprobs import vocab_parallel_logprobs
+from spin_megatron.objective.logprobs import KEPT_BYTES, vocab_parallel_logprobs
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.run.telemetry import progress_bar
 
@@ -42,10 +42,18 @@ Recompute = Literal["none", "selective", "full"]
 class SpinModel(GPTModel):
     """A pipeline stage (or virtual stage) of the policy.
 
-    shape: the model's shape. Everything else is GPTModel's.
+    shape: the model's shape. kept_logit_bytes: logits the head keeps for its backward. Everything else is GPTModel's.
     """
 
-    def __init__(self, config: TransformerConfig, shape: ModelShape, submodules: TransformerBlockSubmodules, **stage: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        shape: ModelShape,
+        submodules: TransformerBlockSubmodules,
+        *,
+        kept_logit_bytes: int = KEPT_BYTES,
+        **stage: Any,
+    ) -> None:
         super().__init__(
             config=config,
             transformer_layer_spec=submodules,
@@ -56,7 +64,7 @@ class SpinModel(GPTModel):
             parallel_output=True,
             **stage,
         )
-        self.shape = shape
+        self.shape, self.kept_logit_bytes = shape, kept_logit_bytes
         # Megatron Core knows Llama 3's scaling with one set of constants only; ours come from the model's config.
         self.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(self.rotary_pos_emb.inv_freq.device)
         if self.post_process:
@@ -122,18 +130,26 @@ class SpinModel(GPTModel):
             group=tensor_group,
             vocab_start=tensor_group.rank() * weight_VH.shape[0],
             vocab_size=self.shape.vocab_size,
+            kept_bytes=self.kept_logit_bytes,
             reduce_hidden_grad=not self.config.sequence_parallel,
         )
 
 
 def build_model(
-    shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, recompute: Recompute = "none", fp8: Fp8 | None = None
+    shape: ModelShape,
+    runtime: Runtime,
+    *,
+    dtype: torch.dtype,
+    recompute: Recompute = "none",
+    kept_logit_bytes: int = KEPT_BYTES,
+    fp8: Fp8 | None = None,
 ) -> list[SpinModel]:
     """Build this rank's stages, parameters uninitialised: `load_huggingface` or a checkpoint fills them.
 
     Args:
         recompute: "selective" computes MLPs (and experts) again in the backward, the largest activations at about a fifth more time;
             "full" whole layers. Attention's own softmax is never stored in any case.
+        kept_logit_bytes: logits that the head keeps between forward and backward; the others it computes twice, to the same bits.
         fp8: the recipe of the linear layers; dtype must be bfloat16 then.
 
     Returns:
@@ -167,6 +183,7 @@ def build_model(
             config,
             shape,
             TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm),
+            kept_logit_bytes=kept_logit_bytes,
             pre_process=runtime.is_first_stage and stage == 0,
             post_process=runtime.is_last_stage and stage == virtual - 1,
             pg_collection=runtime.groups.megatron,

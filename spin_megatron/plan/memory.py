@@ -53,6 +53,7 @@ class TrainSettings:
     keys_per_token: keys a token attends to on average; half a sequence where sequences are packed whole.
     fused_gradients: products of the backward add to the fp32 gradient buffer themselves (apex or Transformer Engine kernels).
     recompute_logits: the head's backward makes the logits again instead of keeping them, as objective/logprobs.py does.
+    kept_logit_bytes: fp32 logits that it keeps all the same, at most.
     adapters: LoRA beside frozen weights; None: every weight is trained.
     offload_fraction: share of the optimizer's state in the host's memory, updated there by host_threads a rank.
     overlap_*: collectives run beside computation. Tensor: Transformer Engine's user buffers; context: its ring.
@@ -70,6 +71,7 @@ class TrainSettings:
     keys_per_token: float = 512.0
     fused_gradients: bool = False
     recompute_logits: bool = True
+    kept_logit_bytes: int = 128 * 2**20
     adapters: AdapterShape | None = None
     offload_fraction: float = 0.0
     host_threads: int = 8
@@ -318,7 +320,10 @@ def head_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSetting
     selected = rows * shape.hidden_size * (element + FLOAT32_BYTES)
     # Kept logits are those of Megatron Core's own loss: bf16 and their fp32 copy.
     columns = padded_vocab(shape, layout.tensor) / layout.tensor
-    logits = HEAD_TILE_BYTES if settings.recompute_logits else rows * columns * (element + FLOAT32_BYTES)
+    if settings.recompute_logits:
+        logits = HEAD_TILE_BYTES + min(settings.kept_logit_bytes, rows * columns * FLOAT32_BYTES)
+    else:
+        logits = rows * columns * (element + FLOAT32_BYTES)
     return int(norm + gathered + selected + logits)
 
 

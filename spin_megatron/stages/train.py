@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from spin_megatron.config import PER_ITERATION, flat_settings
+from spin_megatron.config import OPERATIONAL, PER_ITERATION, flat_settings
 from spin_megatron.data.progress import PlannedStep, Progress, StepPlan
 from spin_megatron.data.schedule import Schedule
 from spin_megatron.mcore import checkpoint
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 NUM_PROBE_PAIRS = 4
 # Settings that decide how the work is done, not what comes out.
-_OPERATIONAL = ("save_every_steps", "keep_checkpoints", "recompute", "distributed_optimizer", "max_skipped_steps", "offload_fraction")
+_OPERATIONAL = (*OPERATIONAL, "offload_fraction")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def _train(job: _Job) -> bool:
     context, runtime, config = job.context, job.runtime, job.context.config
     theta = context.layout.theta(context.iteration)
     shape = ModelShape.from_huggingface(theta)
-    chunks = build_model(shape, runtime, dtype=job.dtype, recompute=config.train.recompute, fp8=job.fp8)
+    recompute, kept_logit_bytes = config.train.recompute, config.train.kept_logit_bytes
+    chunks = build_model(shape, runtime, dtype=job.dtype, recompute=recompute, kept_logit_bytes=kept_logit_bytes, fp8=job.fp8)
     load_huggingface(chunks, theta, shape, runtime, show=context.show)
     _add_adapters(job, chunks, shape)
     has_copies = runtime.layout.data * runtime.layout.context > 1

@@ -160,6 +160,14 @@ def _kept(chunk: SpinModel, num_tokens: int, num_rows: int = 0) -> int:
     return sum(num_bytes for address, num_bytes in _storages(held).items() if address not in own)
 
 
+def test_the_head_keeps_the_logits_it_is_told_to() -> None:
+    with fake_rank(ParallelLayout(), 0, device="cpu") as runtime:
+        nothing, everything = (
+            _kept(build_model(TINY, runtime, dtype=torch.float32, kept_logit_bytes=budget)[0], 64, 50) for budget in (0, 2**20)
+        )
+    assert everything - nothing == 50 * TINY.vocab_size * 4
+
+
 @pytest.mark.parametrize(
     "layout",
     [
