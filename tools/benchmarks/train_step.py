@@ -18,6 +18,7 @@ CUDA. Real tokens are those of x+y and x+y'; MFU counts what a pair needs with i
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,11 @@ from tools.benchmarks.problem import device_name, model_folder, pairs_of_a_plan,
 REPOSITORY = Path(__file__).parents[2]
 OURS = "spin-megatron"
 BETA, LEARNING_RATE = 0.1, 1e-4
+# glibc's settings. "returned": what this project sets for its own processes on a CPU (mcore/runtime.py), as a user of TRL could.
+FREED_MEMORY = {
+    "returned": {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**25)},
+    "kept": {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)},
+}
 
 
 def our_side(work: dict[str, Any]) -> dict[str, Any]:
@@ -98,8 +104,13 @@ def sides_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     sides: dict[str, dict[str, Any]] = {}
     for per_batch in options.trl_pairs:
         sides[f"TRL, {per_batch} pair{'s' * (per_batch > 1)} a batch"] = {"trl_pairs": per_batch}
+    for variant in options.trl_variants:
+        own = {"freed_memory": "returned"} if variant == "freed-memory-returned" else {"trl_checkpointing": True}
+        sides[f"TRL, 1 pair a batch, {variant.replace('-', ' ')}"] = {"trl_pairs": 1, **own}
     for recompute in options.recompute:
         sides[OURS if recompute == "none" else f"{OURS}, {recompute} recompute"] = {"recompute": recompute}
+    if options.keep_freed:
+        sides[f"{OURS}, freed memory kept"] = {"recompute": "none", "freed_memory": "kept"}
     return sides
 
 
@@ -110,7 +121,14 @@ def run_side(work: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
     else:
         command = [sys.executable, "-m", "tools.benchmarks.train_step", "--our-side"]
     done = subprocess.run(
-        command, input=json.dumps(work), cwd=REPOSITORY, capture_output=True, text=True, timeout=options.timeout, check=False
+        command,
+        input=json.dumps(work),
+        cwd=REPOSITORY,
+        env=os.environ | FREED_MEMORY.get(work.get("freed_memory", ""), {}),
+        capture_output=True,
+        text=True,
+        timeout=options.timeout,
+        check=False,
     )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
@@ -155,6 +173,7 @@ def summarise(found: dict[str, list[dict[str, Any]]], work: dict[str, Any]) -> d
             "real_tokens_per_second": real_tokens / seconds,
             "cpu_seconds_per_step": statistics.median(statistics.median(outcome["cpu_seconds"][1:]) for outcome in outcomes),
             "peak_bytes": max(outcome["peak_bytes"] for outcome in outcomes),
+            "rounds": len(outcomes),
             "needed_flops_per_second": flops / seconds,
             "losses": outcomes[0]["losses"],
         }
@@ -211,12 +230,16 @@ def _parse() -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--trl-pairs", type=int, nargs="*", default=[1, 4], help="pairs of TRL's padded batches; none: without TRL")
+    variants = ("gradient-checkpointing", "freed-memory-returned")
+    parser.add_argument("--trl-variants", nargs="*", choices=variants, default=[], help="more rows, of one pair a batch")
     parser.add_argument("--trl-python", type=Path, default=Path(sys.executable), help="the interpreter that has TRL")
     parser.add_argument("--recompute", nargs="+", choices=("none", "selective", "full"), default=["none"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for MFU (H100: 989 in bf16)")
     parser.add_argument("--out", type=Path, default=Path("train_step.json"))
+    parser.add_argument("--keep-freed", action="store_true", help="a row of ours with glibc's heap for all but the largest tensors")
+    parser.add_argument("--add", action="store_true", help="add rounds to those of the file, of the same problem")
     parser.add_argument("--our-side", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -239,14 +262,18 @@ def main() -> None:
         )
         work["packs"] = [[dict(zip(("prompt", "real", "generated"), pair, strict=True)) for pair in pack] for pack in packs]
         work["pairs"] = [pair for pack in work["packs"] for pair in pack]
-        found: dict[str, list[dict[str, Any]]] = {}
-        for number in range(options.rounds):
+        earlier = json.loads(options.out.read_text(encoding="utf-8")) if options.add else {}
+        found: dict[str, list[dict[str, Any]]] = earlier.get("rounds", {})
+        for _ in range(options.rounds):
             for name, own in sides_of(options).items():
                 found.setdefault(name, []).append(run_side(work | own, options))
-                print(f"round {number + 1}: {name}: {found[name][-1]['wall_seconds']}", file=sys.stderr)
+                print(f"round {len(found[name])}: {name}: {found[name][-1]['wall_seconds']}", file=sys.stderr)
         rows = summarise(found, work)
+    left_out = ("our_side", "add", "keep_freed", "rounds", "trl_pairs", "trl_variants", "recompute", "out", "timeout", "trl_python")
+    problem = {name: value for name, value in vars(options).items() if name not in left_out}
+    assert problem == earlier.get("problem", problem), f"{options.out} holds rounds of another problem: {earlier['problem']}"
     report = {
-        "problem": {name: value for name, value in vars(options).items() if name not in ("our_side", "out", "timeout", "trl_python")},
+        "problem": problem,
         "torch": torch.__version__,
         "versions": next((outcomes[0]["versions"] for outcomes in found.values() if "versions" in outcomes[0]), {}),
         "device_name": device_name(options.device),
@@ -254,6 +281,7 @@ def main() -> None:
         "tokens": tokens_of(work),
         "methods": rows,
         "disagreement": disagreement(found),
+        "rounds": found,
     }
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(table(rows, options.peak_tflops))

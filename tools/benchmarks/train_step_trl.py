@@ -1,9 +1,10 @@
 """TRL's side of train_step.py, in the interpreter that has TRL: reads a `Work` as JSON from standard input, prints an `Outcome`.
 
 Its configuration is the fastest that TRL 1.16 has for these numbers: reference log-probs computed before training, no gradient
-checkpointing, torch's fused AdamW and the chunked head TRL always uses; on CUDA Liger's layer kernels and bf16 autocast over fp32
-weights, which is what Megatron Core's bf16 with fp32 main parameters computes. Padding-free batches are switched off in TRL 1.16 itself
-("temporarily unavailable after a refactor"), so batches are padded to their longest sequence; --trl-pairs says how many pairs make one.
+checkpointing (but in a row that asks for it, to save memory), torch's fused AdamW and the chunked head TRL always uses; on CUDA Liger's
+layer kernels and bf16 autocast over fp32 weights, which is what Megatron Core's bf16 with fp32 main parameters computes. Padding-free
+batches are switched off in TRL 1.16 itself ("temporarily unavailable after a refactor"), so batches are padded to their longest
+sequence; --trl-pairs says how many pairs make one.
 """
 
 import importlib.util
@@ -44,7 +45,7 @@ def settings_of(work: dict[str, Any], folder: str) -> Any:
         bf16=work["dtype"] == "bfloat16",
         use_cpu=not on_cuda,
         use_liger_kernel=on_cuda,
-        gradient_checkpointing=False,
+        gradient_checkpointing=work.get("trl_checkpointing", False),
         dataloader_pin_memory=on_cuda,
         disable_tqdm=True,
         logging_strategy="no",
