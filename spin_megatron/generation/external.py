@@ -93,7 +93,7 @@ class Worker:
         for left in (self._result, self._stop):
             left.unlink(missing_ok=True)
         self._log = folder / "worker.log"
-        write_json(folder / "job.json", {"schema": SCHEMA, "result": str(self._result), "stop": str(self._stop), **job})
+        write_json(folder / "job.json", {"schema": SCHEMA, "result": str(self._result), "stop": str(self._stop), "own_group": True, **job})
         self._progress_at = time.monotonic()
         self._result_seen_at: float | None = None
         line = command.line(folder / "job.json")

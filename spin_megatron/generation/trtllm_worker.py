@@ -14,6 +14,7 @@ backend, which loads the Hugging Face folder (from 1.0). No log-probabilities ar
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -119,11 +120,23 @@ def failure(error: str) -> str:
     return json.dumps({"schema": SCHEMA, "ok": False, "error": error}, indent=2)
 
 
-def watch(job: dict[str, Any]) -> int:
-    """Say in a dead worker's stead that it died: a launcher may wait for its other ranks for ever. Its end of our stdin dies with it."""
-    sys.stdin.buffer.read()
-    if not Path(job["result"]).exists():
+def watch(job: dict[str, Any], worker: int) -> int:
+    """Once the worker of that process id is dead without a result, write one in its stead, and end what it had started.
+
+    A launcher would wait for its other ranks for ever, and processes of the library would keep their GPUs.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while os.getppid() == worker:
+        time.sleep(0.5)
+    if Path(job["result"]).exists():
+        return 0
+    try:
         write_whole(Path(job["result"]), failure("its process died without a word: killed, out of memory, or crashed in a library"))
+    finally:
+        if job.get("own_group"):
+            os.killpg(0, signal.SIGTERM)
+            time.sleep(5)
+            os.killpg(0, signal.SIGKILL)
     return 0
 
 
@@ -134,8 +147,8 @@ def main(arguments: list[str]) -> int:
     if job["schema"] != SCHEMA:
         raise SystemExit(f"job schema {job['schema']}, this worker knows {SCHEMA}: driver and worker are of different versions")
     if WATCH in arguments:
-        return watch(job)
-    watcher = subprocess.Popen([sys.executable, *arguments, WATCH], stdin=subprocess.PIPE)
+        return watch(job, int(arguments[-1]))
+    watcher = subprocess.Popen([sys.executable, *arguments, WATCH, str(os.getpid())])
     # The folder of this script holds modules of ordinary names, which must not stand before installed ones.
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
@@ -149,7 +162,8 @@ def main(arguments: list[str]) -> int:
         return 0 if "TLLM_SPAWN_PROXY_PROCESS" in os.environ else 1
     result = {"schema": SCHEMA, "ok": True, "seconds": time.monotonic() - started, **facts}
     write_whole(Path(job["result"]), json.dumps(result, indent=2))
-    watcher.communicate()
+    watcher.kill()
+    watcher.wait()
     return 0
 
 

@@ -45,7 +45,7 @@ def test_a_crash_in_the_middle_keeps_the_chunks_and_the_rest_is_answered_once(na
     provider(name).build(spec, tmp_path / "engine")
     crashing = replace(spec, environment=site.environment("DOUBLE_CRASH_AFTER=9"))
     got: list[GeneratedRow] = []
-    crash = pytest.raises(RuntimeError, match="its process died without a word")
+    crash = pytest.raises(RuntimeError, match=r"left no result \(exit code 9\)|its process died without a word")
     with closing(provider(name).load(crashing, tmp_path / "engine", tmp_path / "work")) as engine, crash:
         got.extend(engine.generate(prompts, SAMPLED))
     assert len(got) == 8
@@ -85,6 +85,16 @@ def test_a_worker_that_dies_behind_a_launcher_that_waits_for_ever_is_noticed(
     died = pytest.raises(RuntimeError, match="its process died without a word")
     with closing(provider("trtllm-engine").load(crashing, tmp_path / "engine", tmp_path / "work")) as engine, died:
         list(engine.generate(make_prompts(), SAMPLED))
+
+
+@pytest.mark.parametrize("name", ["trtllm-torch", "vllm"])
+def test_what_a_dead_worker_had_started_is_ended(name: str, model: Path, site: Site, tmp_path: Path) -> None:
+    spec, orphan = make_spec(model, site, name), tmp_path / "orphan"
+    provider(name).build(spec, tmp_path / "engine")
+    crashing = replace(spec, environment=site.environment("DOUBLE_CRASH_AFTER=1", f"DOUBLE_ORPHAN={orphan}"))
+    with closing(provider(name).load(crashing, tmp_path / "engine", tmp_path / "work")) as engine, pytest.raises(RuntimeError):
+        list(engine.generate(make_prompts(), SAMPLED))
+    wait_until(lambda: is_gone(int(orphan.read_text())))
 
 
 def test_a_worker_that_shows_no_progress_is_ended(model: Path, site: Site, tmp_path: Path) -> None:
@@ -182,7 +192,13 @@ def test_a_driver_that_is_killed_takes_its_worker_along(model: Path, site: Site,
         driver.kill()
         driver.wait()
     pid = int((tmp_path / "pid").read_text())
-    wait_until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split(")")[1])
+    wait_until(lambda: is_gone(pid))
+
+
+def is_gone(pid: int) -> bool:
+    """Whether the process has ended, be it that nobody asked for its code yet."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or "Z" in stat.read_text().split(")")[1]
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
