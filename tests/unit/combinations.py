@@ -4,16 +4,19 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from spin_megatron.plan.shape import ModelShape
+from tests.unit.tiny_models import config_of_transformers_4
 
 Settings = dict[str, Any]
 
+_DENSE = ModelShape("llama", 8, 256, 784, 8, 2, 32, 1000, 4096, 1e-5, 1e4)
 SHAPES = {
-    "dense": ModelShape("llama", 8, 256, 784, 8, 2, 32, 1000, 4096, 1e-5, 1e4),
-    "experts": ModelShape("mixtral", 8, 256, 784, 8, 2, 32, 1000, 4096, 1e-5, 1e4, None, False, False, False, None, 4, 2, 784),
+    "dense": _DENSE,
+    "experts": replace(_DENSE, family="mixtral", num_experts=4, experts_per_token=2, expert_ffn_hidden_size=784),
 }
 # The first value of each is what stands in DEFAULTS: legal with all other defaults.
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -129,25 +132,8 @@ def _other_faults(settings: Settings) -> set[str]:
 def write_models(folder: Path) -> None:
     """The config.json of each shape, the data's file and a config that names no model yet."""
     for name, shape in SHAPES.items():
-        values = {
-            "model_type": shape.family,
-            "architectures": [{"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM"}[shape.family]],
-            "num_hidden_layers": shape.num_layers,
-            "hidden_size": shape.hidden_size,
-            "intermediate_size": shape.ffn_hidden_size,
-            "num_attention_heads": shape.num_heads,
-            "num_key_value_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim,
-            "vocab_size": shape.vocab_size,
-            "max_position_embeddings": shape.max_positions,
-            "rms_norm_eps": shape.norm_epsilon,
-            "rope_theta": shape.rope_theta,
-            "num_local_experts": shape.num_experts,
-            "num_experts_per_tok": shape.experts_per_token,
-            "sliding_window": None,
-        }
         (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        (folder / name / "config.json").write_text(json.dumps(config_of_transformers_4(shape)), encoding="utf-8")
     (folder / "data.jsonl").touch()
     (folder / "config.toml").write_text('[data]\nsource = "data.jsonl"\n', encoding="utf-8")
 
