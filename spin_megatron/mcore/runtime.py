@@ -33,7 +33,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 class Groups:
     """The process groups this rank is in. Sizes multiply: tensor x pipeline x data x context = world.
 
-    model: tensor x pipeline, one whole copy of the model. data_and_context: all ranks that hold the same weights.
+    model: tensor x pipeline, one whole copy of the model.
     megatron: Megatron Core's collection of all groups, for its own constructors.
     """
 
@@ -42,7 +42,6 @@ class Groups:
     data: Group
     context: Group
     model: Group
-    data_and_context: Group
     megatron: Any
 
 
@@ -205,7 +204,6 @@ def _start_megatron(
             data=groups.dp,
             context=groups.cp,
             model=groups.mp,
-            data_and_context=groups.dp_cp,
             megatron=groups,
         ),
         tensor_rank=dist.get_rank(groups.tp),
