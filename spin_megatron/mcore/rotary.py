@@ -58,7 +58,7 @@ def rotary_table(branches_B4: Tensor, device: torch.device, num_tokens: int, siz
     for _, prefix, start, length in branches_B4.tolist():
         positions_T[start : start + length] = torch.arange(prefix, prefix + length)
     own_T = own_tokens(num_tokens, size, rank) if size > 1 else slice(None)
-    angles = positions_T[own_T, None, None].to(device) * inv_freq.to(device)
+    angles = positions_T[own_T, None, None].to(device, non_blocking=True) * inv_freq.to(device, non_blocking=True)
     return torch.stack((angles.cos(), angles.sin()))
 
 

@@ -26,6 +26,9 @@ from tests.parity.updates import LEARNING_RATE, Bench, make_bench
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"}
 ON_THE_CPU = {
     ("attention.py", "forward"),  # branches_B4.tolist(); variable-length kernels read the plan of varlen.py, made of branches_B4 too
+    ("varlen.py", "get"),  # branches_B4, by which a pack's plans and tables are found
+    ("rotary.py", "rotary_table"),  # branches_B4
+    ("batches.py", "without_padding"),  # branches_B4, on the CPU only
     ("logprobs.py", "vocab_parallel_logprobs"),  # the range of the targets, checked on the CPU only
     ("logprobs.py", "sequence_sums"),  # the sum of the lengths, which live on the CPU
 }
