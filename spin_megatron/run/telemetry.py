@@ -39,13 +39,24 @@ def configure_logging(log_file: Path | None, *, show: bool = True) -> None:
             source.removeHandler(handler)
             handler.close()
     if show:
-        logger.addHandler(RichHandler(console=console, show_path=False, log_time_format="[%X]"))
+        logger.addHandler(RichHandler(console=console, show_path=False, log_time_format="[%X]") if console.is_terminal else _LineHandler())
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         file_handler = logging.FileHandler(log_file, encoding="utf-8")
         file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger.addHandler(file_handler)
         warnings.addHandler(file_handler)
+
+
+class _LineHandler(logging.Handler):
+    """A line a message, however long: from a job's log, a command that was wrapped could not be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)-8s %(message)s", datefmt="%X"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 @contextmanager

@@ -213,6 +213,17 @@ def test_warnings_of_libraries_go_to_the_log_file_and_not_to_the_terminal(tmp_pa
     assert "advice" not in capsys.readouterr().err
 
 
+def test_without_a_terminal_a_long_message_stays_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "go on with: " + " ".join(f"--set [a]{number}" for number in range(40))
+    try:
+        configure_logging(None)
+        logging.getLogger("spin_megatron.test").warning(message)
+    finally:
+        configure_logging(None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"WARNING  {message}")
+
+
 def test_without_a_terminal_progress_is_logged_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     clock = iter([100.0, 110.0, 140.0, 150.0])
