@@ -5,9 +5,10 @@ tests' double of `tensorrt_llm` accepts what the table lists and refuses the res
 `ast`, without importing it, and says where it departs from the table. A default of None means that it does not matter to us.
 
 Read in the releases' own sources, which NVIDIA's documentation of a release shows (branch gh-pages of its repository, VERSION/_modules):
-1.2.1 at 58fb435e, all classes but CalibConfig, and the rules below that name sampling_params.py, llm_args.py, _check_arguments and
-_prepare_sampling_params; 1.1.0 at 8660c119, TorchLlmArgs; 1.0.0 at 090dc649, TorchLlmArgs and BuildConfig; 1.3.0rc26 at f2bb6484, its
-page on sampling; the PyTorch sampler's seeds at 2341856e. The rest was read in copies between releases. No release was installed.
+1.2.1 at 58fb435e, all classes but CalibConfig and the default of KvCacheConfig.dtype, and the rules below that name sampling_params.py,
+llm_args.py, _check_arguments and _prepare_sampling_params; 1.1.0 at 8660c119, the sampler's fields of TorchLlmArgs; 1.0.0 at 090dc649,
+the same and BuildConfig; 1.3.0rc26 at f2bb6484, its page on sampling; the PyTorch sampler's seeds at 2341856e. The rest was read in
+copies between releases. No release was installed.
 
 Rules that are no names, and that the double reproduces, each with the upstream place that says so (below tensorrt_llm/):
 - `tensorrt_llm.LLM` is the PyTorch one and refuses the engine's fields (build_config, quant_config, calib_config, enable_build_cache,

@@ -242,7 +242,7 @@ def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, R
     if not layout.run_json.exists():
         start = f"spin-megatron run CONFIG --run-dir {str(run_dir)!r}"
         raise ValueError(f"{run_dir} is not a run directory (no run.json); start one with: {start}")
-    return _withchanges(RunConfig.from_json(layout.run_json.read_text(encoding="utf-8")), overrides), layout
+    return _with_changes(RunConfig.from_json(layout.run_json.read_text(encoding="utf-8")), overrides), layout
 
 
 def changes(config: RunConfig, layout: RunLayout) -> list[str]:
@@ -328,7 +328,7 @@ def _same_run(frozen: RunConfig, config: RunConfig, layout: RunLayout) -> RunCon
     return frozen.model_copy(update=changed)
 
 
-def _withchanges(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+def _with_changes(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """Apply --set to a started run: only how it runs may change."""
     if not overrides:
         return config
