@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.benchmarks import generate, table, train_step
-from tools.benchmarks.problem import model_folder, pairs_of_a_plan, ultrachat_like_lengths
+from tools.benchmarks import generate, head, table, train_step
+from tools.benchmarks.problem import model_folder, pairs_of_a_plan, results_of, ultrachat_like_lengths
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -61,6 +61,23 @@ def test_both_sides_of_generate_give_responses_of_the_planned_lengths(tmp_path: 
     found = generate.measure(options, model_folder("micro", tmp_path))  # which compares both sides' lengths with these
     assert found["greedy_equal"] == 7
     assert found["mean_response_tokens"] == sum(planned) / 7
+
+
+def test_a_peer_that_fails_is_left_out_and_named_but_nothing_that_is_compared_with(capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(name: str) -> int:
+        if name == "peer":
+            raise RuntimeError("CUDA out of memory")
+        return len(name)
+
+    assert results_of(["naive", "peer", "ours"], measure, needed=("naive", "ours")) == {"naive": 5, "ours": 4}
+    assert "peer is left out, it does not run here: RuntimeError: CUDA out of memory" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="out of memory"):
+        results_of(["peer"], measure, needed=("peer",))
+
+
+def test_a_torch_without_linear_cross_entropy_is_compared_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch.nn.LinearCrossEntropyOptions", raising=False)
+    assert not [name for name in head._available(None, "cpu") if name.startswith("torch")]
 
 
 @pytest.mark.timeout(300)

@@ -30,7 +30,7 @@ from spin_megatron.mcore.runtime import running
 from spin_megatron.mcore.varlen import PlanCache
 from spin_megatron.plan.shape import ParallelLayout
 from spin_megatron.run.records import SpinPair
-from tools.benchmarks.problem import device_name, extra_bytes_of, pairs_of_a_plan, seconds_of
+from tools.benchmarks.problem import device_name, extra_bytes_of, pairs_of_a_plan, results_of, seconds_of
 
 MODES = ("score", "train")
 BASELINE, OURS = "Megatron Core local, block mask", "spin-megatron"
@@ -188,10 +188,13 @@ def error_of(case: Case, problem: Problem) -> float:
 
 def measure(problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
     """A row a method."""
-    names = available(problem)
-    cases = {name: case_of(name, problem) for name in names}
-    memory = {name: {mode: _memory(name, mode, problem, options) for mode in MODES} for name in names}
-    times: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in MODES} for name in names}
+
+    def memory_of(name: str) -> dict[str, int]:
+        return {mode: _memory(name, mode, problem, options) for mode in MODES}
+
+    memory = results_of(available(problem), memory_of, needed=(BASELINE, OURS))
+    cases = {name: case_of(name, problem) for name in memory}
+    times: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in MODES} for name in cases}
     for number in range(options.rounds + 1):  # the first round is not counted: compilation, workspaces
         for name, case in cases.items():
             for mode in MODES:

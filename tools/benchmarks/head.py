@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spin_megatron.objective.logprobs import KEPT_BYTES, vocab_parallel_logprobs
-from tools.benchmarks.problem import device_name, extra_bytes_of, seconds_of
+from tools.benchmarks.problem import device_name, extra_bytes_of, results_of, seconds_of
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
 MODES = ("score", "train")
@@ -117,15 +117,13 @@ class Problem:
 
     def tensors(self, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Hidden states and weights with logits of deviation 3, targets, and a random gradient per row."""
-        generator = torch.Generator().manual_seed(0)
-        rows = self.rows if rows is None else rows
-        dtype, device = getattr(torch, self.dtype), torch.device(self.device)
-        hidden_RH = torch.randn(rows, self.hidden, generator=generator)
-        weight_VH = torch.randn(self.vocab, self.hidden, generator=generator).mul_(3.0 / self.hidden**0.5)
-        targets_R = torch.randint(0, self.vocab, (rows,), generator=generator)
-        gradient_R = torch.randn(rows, generator=generator)
-        leaves = (hidden_RH.to(device, dtype).requires_grad_(), weight_VH.to(device, dtype).requires_grad_())
-        return *leaves, targets_R.to(device), gradient_R.to(device)
+        # Drawn where they are used: a billion weights take a processor ten seconds, and every method and mode draws them anew.
+        source: dict[str, Any] = {"generator": torch.Generator(self.device).manual_seed(0), "device": self.device}
+        rows, dtype = self.rows if rows is None else rows, getattr(torch, self.dtype)
+        hidden_RH = torch.randn(rows, self.hidden, **source).to(dtype)
+        weight_VH = torch.randn(self.vocab, self.hidden, **source).mul_(3.0 / self.hidden**0.5).to(dtype)
+        targets_R = torch.randint(0, self.vocab, (rows,), **source)
+        return hidden_RH.requires_grad_(), weight_VH.requires_grad_(), targets_R, torch.randn(rows, **source)
 
 
 GATED = Problem(rows=4096, hidden=576, vocab=49152, dtype="float32", device="cpu")
@@ -151,19 +149,24 @@ def extra_bytes(name: str, mode: str, problem: Problem) -> int:
 
 
 def measure_memory(names: list[str], problem: Problem, threads: int, *, is_quick: bool) -> dict[str, dict[str, int]]:
-    """extra_bytes of each method and mode; on CPU each in a process of its own, because a process keeps what it once had."""
-    result: dict[str, dict[str, int]] = {}
-    for name in names:
-        for mode in MODES:
-            command = [sys.executable, "-m", "tools.benchmarks.head", *_arguments(problem), "--threads", str(threads)]
-            if problem.device != "cpu" or is_quick:
-                found = extra_bytes(name, mode, problem)
-            else:
-                command += ["--memory-of", name, mode]
-                found = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800).stdout.split()[-1])
-            result.setdefault(name, {})[mode] = found
-            print(f"memory  {name:24} {mode:6} {found / 2**20:9.0f} MiB", file=sys.stderr)
-    return result
+    """extra_bytes of each method and mode; without the peers that do not run here."""
+
+    def measure(name: str) -> dict[str, int]:
+        return {mode: _memory(name, mode, problem, threads, is_quick=is_quick) for mode in MODES}
+
+    return results_of(names, measure, needed=(BASELINE, OURS))
+
+
+def _memory(name: str, mode: str, problem: Problem, threads: int, *, is_quick: bool) -> int:
+    """On CPU in a process of its own, because a process keeps what it once had."""
+    if problem.device != "cpu" or is_quick:
+        found = extra_bytes(name, mode, problem)
+    else:
+        command = [sys.executable, "-m", "tools.benchmarks.head", *_arguments(problem), "--threads", str(threads)]
+        command += ["--memory-of", name, mode]
+        found = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=1800).stdout.split()[-1])
+    print(f"memory  {name:24} {mode:6} {found / 2**20:9.0f} MiB", file=sys.stderr)
+    return found
 
 
 def measure_seconds(methods: dict[str, LogProbs], problem: Problem, rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -291,6 +294,8 @@ def _available(names: list[str] | None, device: str) -> list[str]:
     """The methods that run here; the two that everything is compared with are always among them."""
     chosen = [name for name in METHODS if name in (BASELINE, OURS, *(names or ())) or (names is None and name not in VARIANTS)]
     missing = set() if device == "cuda" and importlib.util.find_spec("liger_kernel") else {"Liger"}
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since torch 2.13
+        missing |= {name for name in METHODS if name.startswith("torch chunks")}
     if importlib.util.find_spec("megatron") is None:
         missing.add("Megatron Core")
     return [name for name in chosen if name not in missing]
@@ -307,7 +312,7 @@ def main() -> int:
         return 0
     names = _available(options.methods, problem.device)
     memory = measure_memory(names, problem, options.threads, is_quick=options.quick)
-    methods = {name: METHODS[name]() for name in names}
+    methods = {name: METHODS[name]() for name in memory}
     errors = measure_errors(methods, problem, options.error_rows)
     times = measure_seconds(methods, problem, options.rounds)
     rate = product_rate(problem, options.rounds)

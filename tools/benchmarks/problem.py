@@ -6,13 +6,16 @@ Random weights and token ids are enough: the work does not depend on their value
 import math
 import platform
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -147,6 +150,19 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
     end.synchronize()
     milliseconds: float = begin.elapsed_time(end)
     return milliseconds / 1e3
+
+
+def results_of(names: Sequence[str], measure: Callable[[str], Result], *, needed: Sequence[str]) -> dict[str, Result]:
+    """What `measure` finds for each method. One that is not needed and fails (out of memory, say) is left out, and the reason printed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = measure(name)
+        except Exception as error:
+            if name in needed:
+                raise
+            print(f"{name} is left out, it does not run here: {type(error).__name__}: {error}", file=sys.stderr)
+    return found
 
 
 def extra_bytes_of(work: Callable[[], object], device: str) -> int:
