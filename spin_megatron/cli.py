@@ -11,9 +11,9 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
+from spin_megatron import __version__
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher, end_with_parent
 from spin_megatron.run.manifest import StageIncomplete, StaleStage, is_disk_full
 
@@ -42,7 +42,7 @@ _OTHER_VERBS = {
 def build_parser(called: str | None = None) -> argparse.ArgumentParser:
     """The parser of all verbs; `arguments.handler` is the function to call. `called` is the verb whose options are wanted."""
     parser = argparse.ArgumentParser(prog="spin-megatron", description="Self-Play Fine-Tuning (SPIN) on Megatron Core.")
-    parser.add_argument("--version", action="version", version=f"spin-megatron {version('spin-megatron')}")
+    parser.add_argument("--version", action="version", version=f"spin-megatron {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     check = verbs.add_parser("check", help="check a config, its model and its data, and print the line that would run")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The results of tools/gpu_check.sh as one file: python tools/gpu_summary.py OUT reads OUT/tests.xml, doctor.json, benchmarks/*.json.
+"""The results of tools/gpu_check.sh as one file: python tools/gpu_summary.py OUT reads OUT/tests.jsonl, doctor.json, benchmarks/*.json.
 
-Writes OUT/summary.json: device, versions, each test with its outcome, seconds and recorded numbers, and the benchmarks as they are.
-Exit code 1 when a test failed, none passed, or a file is missing.
+Writes OUT/summary.json with what is there: device, versions, each test with its outcome, seconds and recorded numbers, and the benchmarks
+as they are. Exit code 1 when a test failed or did not finish, none passed, or a file is missing.
 """
 
 import json
@@ -10,60 +10,51 @@ import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
+
+BENCHMARKS = ("head", "train_step")
 
 
 def read_tests(path: Path) -> list[dict[str, Any]]:
-    """Each test of a JUnit file, in order."""
-    # This file was written by pytest a moment ago: no foreign XML is read.
-    root = ET.parse(path).getroot()  # noqa: S314
-    return [_test(case) for case in root.iter("testcase")]
+    """The last line of each test that tests/gpu wrote, in order; a test that was begun and has no other is `unfinished`."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return list({entry["name"]: entry for entry in map(json.loads, lines)}.values())
 
 
-def _test(case: ET.Element) -> dict[str, Any]:
-    problems = {child.tag: child.get("message", "") for child in case if child.tag in ("failure", "error", "skipped")}
-    outcome, message = next(iter(problems.items()), ("passed", ""))
-    numbers = {entry.get("name", ""): _value(entry.get("value", "")) for entry in case.iter("property")}
-    name, seconds = f"{case.get('classname')}::{case.get('name')}", float(case.get("time", 0))
-    found: dict[str, Any] = {"name": name, "outcome": outcome, "seconds": seconds}
-    return found | ({"message": message} if message else {}) | ({"numbers": numbers} if numbers else {})
+def summarise(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Everything of one check that is there, and the names of the files that are not."""
+    files = [folder / "doctor.json", folder / "tests.jsonl", *(folder / "benchmarks" / f"{name}.json" for name in BENCHMARKS)]
+    doctor, *benchmarks = (_read(path) for path in files if path.suffix == ".json")
+    tests = read_tests(folder / "tests.jsonl")
+    summary = {
+        "environment": {entry["topic"]: entry["found"] for entry in doctor["findings"]} if doctor else {},
+        "outcomes": Counter(test["outcome"] for test in tests),
+        "tests": tests,
+        "benchmarks": {name: found for name, found in zip(BENCHMARKS, benchmarks, strict=True) if found},
+    }
+    return summary, [path.name for path in files if not path.exists() or not path.stat().st_size]
 
 
-def _value(text: str) -> Any:
-    """Numbers and lists as such; True and False are what Python writes."""
+def _read(path: Path) -> Any:
+    """The file's content, None where it was not written to its end."""
     try:
-        return json.loads({"True": "true", "False": "false"}.get(text, text))
-    except ValueError:
-        return text
-
-
-def summarise(folder: Path) -> dict[str, Any]:
-    """Everything of one check.
-
-    Raises:
-        FileNotFoundError: the doctor or the tests did not get to write their file.
-    """
-    findings = {entry["topic"]: entry["found"] for entry in json.loads((folder / "doctor.json").read_text(encoding="utf-8"))["findings"]}
-    tests = read_tests(folder / "tests.xml")
-    benchmarks = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "benchmarks").glob("*.json"))}
-    return {"environment": findings, "outcomes": Counter(test["outcome"] for test in tests), "tests": tests, "benchmarks": benchmarks}
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def main(arguments: list[str]) -> int:
     """Write and print the summary."""
     folder = Path(arguments[0])
-    try:
-        summary = summarise(folder)
-    except FileNotFoundError as error:
-        print(f"{error.filename} is missing: that part did not run to its end; see {folder / 'log.txt'}", file=sys.stderr)
-        return 1
+    summary, missing = summarise(folder)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     for test in summary["tests"]:
         shown = json.dumps(test["numbers"]) if "numbers" in test else test.get("message", "")
-        print(f"{test['outcome']:8} {test['seconds']:6.1f} s  {test['name'].rpartition('.')[2]}  {shown[:160]}")
+        print(f"{test['outcome']:10} {test.get('seconds', 0):6.1f} s  {test['name'].rpartition('/')[2]}  {shown[:200]}")
     counts = summary["outcomes"]
     print(f"{folder / 'summary.json'}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
-    return 0 if counts["passed"] and not counts["failure"] and not counts["error"] else 1
+    for name in missing:
+        print(f"{name} is missing: that part did not run to its end; see {folder / 'log.txt'}", file=sys.stderr)
+    return 0 if counts["passed"] and not counts["failed"] and not counts["unfinished"] and not missing else 1
 
 
 if __name__ == "__main__":
