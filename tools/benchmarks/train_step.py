@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from tools.benchmarks.problem import device_name, model_folder, pairs_of_a_plan, peak_bytes
+from tools.benchmarks.problem import device_name, model_folder, pairs_of_a_plan, peak_bytes, results_of
 
 REPOSITORY = Path(__file__).parents[2]
 OURS = "spin-megatron"
@@ -264,10 +264,16 @@ def main() -> None:
         work["pairs"] = [pair for pack in work["packs"] for pair in pack]
         earlier = json.loads(options.out.read_text(encoding="utf-8")) if options.add else {}
         found: dict[str, list[dict[str, Any]]] = earlier.get("rounds", {})
+        sides = sides_of(options)
+
+        def outcome_of(name: str) -> dict[str, Any]:
+            outcome = run_side(work | sides[name], options)
+            print(f"{name}: {outcome['wall_seconds']}", file=sys.stderr)
+            return outcome
+
         for _ in range(options.rounds):
-            for name, own in sides_of(options).items():
-                found.setdefault(name, []).append(run_side(work | own, options))
-                print(f"round {len(found[name])}: {name}: {found[name][-1]['wall_seconds']}", file=sys.stderr)
+            for name, outcome in results_of(list(sides), outcome_of, needed=[name for name in sides if name.startswith(OURS)]).items():
+                found.setdefault(name, []).append(outcome)
         rows = summarise(found, work)
     left_out = ("our_side", "add", "keep_freed", "rounds", "trl_pairs", "trl_variants", "recompute", "out", "timeout", "trl_python")
     problem = {name: value for name, value in vars(options).items() if name not in left_out}
