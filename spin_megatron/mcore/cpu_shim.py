@@ -8,6 +8,7 @@ tests/parity/test_cpu_shim.py fails when one is no longer needed. Nothing is pat
 import contextlib
 import functools
 import importlib.util
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -200,6 +201,19 @@ def _fused_kernels() -> list[Replacement]:
     ]
 
 
+def _weight_gradient_kernel() -> list[Replacement]:
+    from megatron.core.tensor_parallel import layers
+
+    def add_weight_gradient(input_TI: torch.Tensor, grad_TO: torch.Tensor, main_grad_OI: torch.Tensor) -> None:
+        if input_TI.dtype == main_grad_OI.dtype:
+            main_grad_OI.addmm_(grad_TO.t(), input_TI)
+        else:  # bf16 weights, whose product has no fp32 result on a CPU
+            main_grad_OI.add_(grad_TO.t() @ input_TI)
+
+    kernels = types.SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
+    return [Replacement(layers, "fused_weight_gradient_mlp_cuda", kernels)]
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="device arguments",
@@ -240,6 +254,11 @@ PATCHES: tuple[Patch, ...] = (
         name="expert router",
         needed_by="moe.moe_utils.RouterGatingLinearFunction: of 0.16 without Transformer Engine, of any release with it",
         replacements=_expert_router,
+    ),
+    Patch(
+        name="weight gradient kernel",
+        needed_by="tensor_parallel.layers.LinearWithGradAccumulationAndAsyncCommunication (told by mcore.fused to add to main_grad)",
+        replacements=_weight_gradient_kernel,
     ),
     Patch(
         name="fused kernels",

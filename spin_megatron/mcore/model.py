@@ -8,6 +8,7 @@ Shapes: T tokens of the pack (a sequence-parallel rank holds T/TP of them betwee
 (local: padded V/TP), D head size.
 """
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from spin_megatron.convert.families import Fetch, global_name, megatron_shard, p
 from spin_megatron.convert.hf_io import HfFolder, check_tensors
 from spin_megatron.mcore.attention import choose_backend
 from spin_megatron.mcore.context import own_tokens, sum_rows
+from spin_megatron.mcore.embedding import embed, share_with_head
 from spin_megatron.mcore.fused import choose_weight_gradients
 from spin_megatron.mcore.layers import LayerSpec, SpecKind, choose_layer_spec, layer_submodules, make_inputs_again
 from spin_megatron.mcore.precision import Fp8, require_fp8
@@ -67,6 +69,10 @@ class SpinModel(GPTModel):
         self.shape, self.kept_logit_bytes = shape, kept_logit_bytes
         # Megatron Core knows Llama 3's scaling with one set of constants only; ours come from the model's config.
         self.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(self.rotary_pos_emb.inv_freq.device)
+        if self.pre_process:
+            self.embedding.word_embeddings.forward = functools.partial(embed, self.embedding.word_embeddings)
+            if self.post_process and shape.tied_embeddings:
+                share_with_head(self.embedding.word_embeddings.weight)
         if self.post_process:
             # What waits for a weight that is still being gathered (Megatron Core's DDP) hooks the call of the module that holds it.
             self.output_layer.forward = self._logprobs

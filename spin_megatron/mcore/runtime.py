@@ -142,9 +142,8 @@ def _open_device(device: DeviceKind, opened: contextlib.ExitStack) -> torch.devi
 def _return_freed_memory() -> None:
     """Let glibc give large tensors memory of their own, which goes back to the system when they do.
 
-    From its heap glibc before 2.38 cannot hand an aligned block that was freed to a tensor of the same size (glibc bug 14581): a step
-    of SmolLM2-135M held 7.6 GiB for 5 that were in use. Set in the environment, MALLOC_MMAP_THRESHOLD_ decides. Other C libraries
-    have no mallopt, or one that ignores this.
+    From its heap it would not serve them again (launch/allocator.py): a step of SmolLM2-135M held 7.6 GiB for 5 that were in use. Set in
+    the environment, MALLOC_MMAP_THRESHOLD_ decides. Other C libraries, and tcmalloc, have no mallopt or one that ignores this.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:

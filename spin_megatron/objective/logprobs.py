@@ -278,16 +278,14 @@ class WeightGradient:
         """What backward hands to autograd for the weight, following megatron.core.tensor_parallel.layers (0.16).
 
         Megatron's DDP hook wants a `.grad` on the parameter to know that it is ready, and adds it to main_grad unless
-        `grad_added_to_main_grad` says that was done. `zero_out_wgrad` marks an embedding tied to the head on one stage:
-        there the hook does add, to bring in the embedding's part, so the dummy must be zeros.
+        `grad_added_to_main_grad` says that was done. `lookup_follows` marks a weight whose embedding returns that dummy later.
         """
         if not self.is_main_grad:
             return self.total
         if not hasattr(self.weight, "grad_added_to_main_grad"):
             return None
         self.weight.grad_added_to_main_grad = True
-        make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
-        return make(self.weight)
+        return None if getattr(self.weight, "lookup_follows", False) else torch.empty_like(self.weight)
 
 
 def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:

@@ -56,6 +56,20 @@ def _wrap_for_training(runtime: Runtime, folder: Path, *, dtype: torch.dtype = t
     apply_gradients(trainer, learning_rate=0.0)
 
 
+def _go_backward(runtime: Runtime, folder: Path) -> None:
+    from spin_megatron.mcore.model import build_model, load_huggingface
+    from spin_megatron.mcore.optimizer import UpdateRule, build_trainer
+    from spin_megatron.mcore.steps import forward_step, run_schedule
+
+    shape = ModelShape.from_huggingface(folder)
+    chunks = build_model(shape, runtime, dtype=torch.float32)
+    load_huggingface(chunks, folder, shape, runtime, show=False)
+    trainer = build_trainer(chunks, UpdateRule("adamw"))
+    batch = make_batch(make_pairs(), pack_tokens=192, pad_id=0, share_prompt=True)
+    step = forward_step(lambda _batch, logp_R: (logp_R.sum(), torch.zeros(())))
+    run_schedule(step, trainer.chunks, [batch], runtime, forward_only=False)
+
+
 def _wrap_bfloat16_for_training(runtime: Runtime, folder: Path) -> None:
     _wrap_for_training(runtime, folder, dtype=torch.bfloat16)
 
@@ -98,6 +112,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("device arguments", _score, "llama3"),
         ("current device", _wrap_for_training, "llama3"),
         ("Tensor.type", _wrap_bfloat16_for_training, "llama3"),
+        ("weight gradient kernel", _go_backward, "llama3"),
         ("random state", _start_only, "llama3"),
         ("streams", _dispatch_experts_over_streams, "mixtral"),
         pytest.param(
@@ -145,6 +160,7 @@ def test_a_pipeline_with_tied_embeddings_needs_the_other_two(tmp_path: Path) -> 
 
 def test_every_patch_has_a_test_and_names_what_needs_it() -> None:
     tested = {"device arguments", "current device", "Tensor.type", "random state", "streams", "expert router", "Tensor.cuda", "synchronize"}
+    tested |= {"weight gradient kernel"}
     # The fused kernels are Transformer Engine's and apex's: tests/te leaves that patch out.
     assert {patch.name for patch in PATCHES} == tested | {"fused kernels"}
     assert all(patch.needed_by for patch in PATCHES)

@@ -1,4 +1,4 @@
-"""The head under Megatron Core's own DistributedDataParallel: its gradient buffer must receive each part exactly once."""
+"""The head and the embedding under Megatron Core's own DistributedDataParallel: its gradient buffer must receive each part exactly once."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spin_megatron.mcore.embedding import look_up, share_with_head
 from spin_megatron.mcore.runtime import running
 from spin_megatron.objective.logprobs import vocab_parallel_logprobs
 from spin_megatron.plan.shape import ParallelLayout
@@ -26,10 +27,10 @@ class TinyLanguageModel(torch.nn.Module):
         self.body = torch.nn.Parameter(torch.randn(HIDDEN, HIDDEN, generator=generator))
         self.head = self.embedding if is_tied else torch.nn.Parameter(torch.randn(VOCAB, HIDDEN, generator=generator))
         if is_tied:
-            self.head.zero_out_wgrad = True  # type: ignore[attr-defined]  # what Megatron's LanguageModule sets in this case
+            share_with_head(self.head)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        hidden = torch.tanh(torch.nn.functional.embedding(tokens, self.embedding) @ self.body)
+        hidden = torch.tanh(look_up(self.embedding, tokens) @ self.body)
         return vocab_parallel_logprobs(hidden, self.head, targets, group=None, vocab_start=0, vocab_size=VOCAB, vocab_chunk=7)
 
 

@@ -205,7 +205,7 @@ def test_weight_gradients_are_fused_by_what_is_installed(monkeypatch: pytest.Mon
     chosen = choose_weight_gradients(local, gpu)
     assert (chosen.maker, "apex's fused_weight_gradient_mlp_cuda is installed" in chosen.reason) == ("apex", True)
     assert choose_weight_gradients(engine, gpu).maker == "transformer_engine"
-    assert choose_weight_gradients(local, torch.device("cpu")).reason == "fused kernels compute on CUDA only, and this is cpu"
+    assert choose_weight_gradients(local, torch.device("cpu")).reason.startswith("fused kernels compute on CUDA only")
 
 
 def test_only_layers_that_can_are_told_to_add_to_the_buffer() -> None:
