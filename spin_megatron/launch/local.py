@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from spin_megatron.launch.allocator import allocator_variables
+
 DONE, FAILED, BAD_INPUT, INCOMPLETE, STOPPED = 0, 1, 2, 3, 75
 logger = logging.getLogger(__name__)
 
@@ -86,10 +88,11 @@ class Launcher:
         ranks: list[subprocess.Popen[bytes]] = []
         # Rank 0 gets the socket itself: a port that is only known to be free now may be another's when it starts to listen.
         meeting = socket.create_server(("127.0.0.1", 0))
+        common = allocator_variables() | dict(variables or {})
         for rank in range(world_size):
             log_file = attempt / f"rank_{rank}.log"
             command = [*PROGRAM, *arguments, "--log-file", str(log_file)]
-            environment = _environment(rank, world_size, meeting.getsockname()[1], threads) | dict(variables or {})
+            environment = _environment(rank, world_size, meeting.getsockname()[1], threads) | common
             environment[MEETING_SOCKET] = str(meeting.fileno())
             kept = (meeting.fileno(),) if rank == 0 else ()
             if rank == 0 and has_terminal:

@@ -21,6 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from spin_megatron.launch.allocator import ADVICE as ALLOCATOR_ADVICE
+from spin_megatron.launch.allocator import find_tcmalloc
 from spin_megatron.plan.precision import PRECISIONS
 
 State = Literal["ok", "absent", "warning", "problem"]
@@ -258,6 +260,9 @@ def examine_kernels(device: Device) -> Iterator[Finding]:
         on = device.kind != "cpu" and installed("triton") is not None
         reason = "" if on else "no GPU" if device.kind == "cpu" else "triton is not installed"
         yield Finding("kernel: log-probs", "ok" if on else "absent", "triton" if on else "torch, by vocabulary chunks", reason)
+    if device.kind == "cpu" and sys.platform.startswith("linux"):
+        library = find_tcmalloc()
+        yield Finding("allocator", "ok" if library else "absent", library or "the C library's", "" if library else ALLOCATOR_ADVICE)
 
 
 def _fused_optimizer(device: Device, *, has_engine: bool, has_apex: bool) -> Finding:

@@ -119,6 +119,15 @@ def test_the_attention_kernel_is_the_one_training_chooses(site: Path) -> None:
     assert by_topic(list(doctor.examine_kernels(Device("cpu"))))["kernel: attention"].found == "cpu_flash"
 
 
+def test_the_allocator_of_a_cpu_is_named_with_what_a_better_one_is_worth(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_tcmalloc", lambda: "libtcmalloc_minimal.so.4")
+    assert by_topic(list(doctor.examine_kernels(Device("cpu"))))["allocator"] == Finding("allocator", "ok", "libtcmalloc_minimal.so.4")
+    monkeypatch.setattr(doctor, "find_tcmalloc", lambda: None)
+    found = by_topic(list(doctor.examine_kernels(Device("cpu"))))["allocator"]
+    assert (found.state, "apt-get install" in found.advice) == ("absent", True)
+    assert "allocator" not in by_topic(list(doctor.examine_kernels(HOPPER)))
+
+
 def test_versions_are_compared_with_the_constraints_of_this_interpreter(site: Path, tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
     constraints.write_text(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_megatron.launch import local
+from spin_megatron.launch import allocator, local
 
 
 def rank_program(tmp_path: Path, body: str) -> tuple[str, ...]:
@@ -33,6 +33,37 @@ def test_all_ranks_done_is_zero_and_each_has_its_coordinates(monkeypatch: pytest
     body = f"(out / f'env{{rank}}').write_text(' '.join(os.environ[key] for key in {keys!r}))"
     assert launch(monkeypatch, tmp_path, body) == 0
     assert [(tmp_path / f"env{rank}").read_text() for rank in (0, 1)] == ["0 2 0 127.0.0.1 1", "1 2 1 127.0.0.1 1"]
+
+
+def test_ranks_on_a_cpu_get_tcmalloc_where_it_is_and_the_user_has_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(allocator, "visible_gpus", list)
+    monkeypatch.setattr(allocator, "find_tcmalloc", lambda: "libc.so.6")  # any library that each machine has
+    body = "(out / 'preload').write_text(os.environ.get('LD_PRELOAD', 'none'))"
+
+    def preloaded() -> str:
+        assert launch(monkeypatch, tmp_path, body, world_size=1) == 0
+        return (tmp_path / "preload").read_text()
+
+    assert preloaded() == "libc.so.6"
+    monkeypatch.setattr(allocator, "visible_gpus", lambda: [("0", "NVIDIA H100")])
+    assert preloaded() == "none"
+    monkeypatch.setattr(allocator, "visible_gpus", list)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
+    assert preloaded() == "none"
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_")
+    monkeypatch.setattr(allocator, "find_tcmalloc", lambda: None)
+    assert preloaded() == "none"
+
+
+@pytest.mark.skipif(allocator.find_tcmalloc() is None, reason="tcmalloc is not installed (apt-get install libtcmalloc-minimal4)")
+def test_the_tcmalloc_that_is_found_is_what_a_rank_runs_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(allocator, "visible_gpus", list)
+    assert launch(monkeypatch, tmp_path, "(out / 'maps').write_text(pathlib.Path('/proc/self/maps').read_text())", world_size=1) == 0
+    assert "tcmalloc" in (tmp_path / "maps").read_text()
 
 
 @pytest.mark.timeout(90)
@@ -91,7 +122,7 @@ def start_launcher(tmp_path: Path, body: str) -> subprocess.Popen[bytes]:
     program = rank_program(tmp_path, body)
     code = f"""
         from pathlib import Path
-        from spin_megatron.launch import local
+        from spin_megatron.launch import allocator, local
         local.PROGRAM = {program!r}
         with local.Launcher() as launcher:
             raise SystemExit(launcher.launch(["train"], world_size=2, threads=1, log_folder=Path({str(tmp_path / "logs")!r})))

@@ -12,7 +12,9 @@ TRL may stand in an environment of its own; it needs the same torch and transfor
 A step takes all pairs; the same pairs again in the next step, so both sides must report the same losses: that, and the reference
 log-probs, is checked. Each side runs in a fresh process, in turns over --rounds; its first step (allocations, compilation) is not timed.
 Seconds are wall seconds: run it alone on the machine. Peak memory is that of the whole process on CPU (resident) and of the allocator on
-CUDA. Real tokens are those of x+y and x+y'; MFU counts what a pair needs with its prompt computed once and nothing recomputed.
+CUDA. On a CPU ours runs with tcmalloc where that is installed, as the launcher starts it; TRL runs as a user starts it, and with tcmalloc
+too under --trl-variants. Real tokens are those of x+y and x+y'; MFU counts what a pair needs with its prompt computed once and nothing
+recomputed.
 """
 
 import argparse
@@ -29,16 +31,12 @@ from typing import Any
 
 import torch
 
+from spin_megatron.launch.allocator import allocator_variables
 from tools.benchmarks.problem import device_name, model_folder, pairs_of_a_plan, peak_bytes, results_of
 
 REPOSITORY = Path(__file__).parents[2]
 OURS = "spin-megatron"
 BETA, LEARNING_RATE = 0.1, 1e-4
-# glibc's settings. "returned": what this project sets for its own processes on a CPU (mcore/runtime.py), as a user of TRL could.
-FREED_MEMORY = {
-    "returned": {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**25)},
-    "kept": {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)},
-}
 
 
 def our_side(work: dict[str, Any]) -> dict[str, Any]:
@@ -105,12 +103,14 @@ def sides_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for per_batch in options.trl_pairs:
         sides[f"TRL, {per_batch} pair{'s' * (per_batch > 1)} a batch"] = {"trl_pairs": per_batch}
     for variant in options.trl_variants:
-        own = {"freed_memory": "returned"} if variant == "freed-memory-returned" else {"trl_checkpointing": True}
+        own = {"allocator": "tcmalloc"} if variant == "tcmalloc" else {"trl_checkpointing": True}
         sides[f"TRL, 1 pair a batch, {variant.replace('-', ' ')}"] = {"trl_pairs": 1, **own}
+    # The launcher gives ranks on a CPU tcmalloc where it is installed.
+    own = {"allocator": "tcmalloc"} if allocator_variables() else {}
     for recompute in options.recompute:
-        sides[OURS if recompute == "none" else f"{OURS}, {recompute} recompute"] = {"recompute": recompute}
-    if options.keep_freed:
-        sides[f"{OURS}, freed memory kept"] = {"recompute": "none", "freed_memory": "kept"}
+        sides[OURS if recompute == "none" else f"{OURS}, {recompute} recompute"] = {"recompute": recompute, **own}
+    if options.glibc:
+        sides[f"{OURS}, glibc's allocator"] = {"recompute": "none"}
     return sides
 
 
@@ -124,7 +124,7 @@ def run_side(work: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
         command,
         input=json.dumps(work),
         cwd=REPOSITORY,
-        env=os.environ | FREED_MEMORY.get(work.get("freed_memory", ""), {}),
+        env=os.environ | (allocator_variables() if "allocator" in work else {}),
         capture_output=True,
         text=True,
         timeout=options.timeout,
@@ -230,7 +230,7 @@ def _parse() -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--trl-pairs", type=int, nargs="*", default=[1, 4], help="pairs of TRL's padded batches; none: without TRL")
-    variants = ("gradient-checkpointing", "freed-memory-returned")
+    variants = ("gradient-checkpointing", "tcmalloc")
     parser.add_argument("--trl-variants", nargs="*", choices=variants, default=[], help="more rows, of one pair a batch")
     parser.add_argument("--trl-python", type=Path, default=Path(sys.executable), help="the interpreter that has TRL")
     parser.add_argument("--recompute", nargs="+", choices=("none", "selective", "full"), default=["none"])
@@ -238,7 +238,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for MFU (H100: 989 in bf16)")
     parser.add_argument("--out", type=Path, default=Path("train_step.json"))
-    parser.add_argument("--keep-freed", action="store_true", help="a row of ours with glibc's heap for all but the largest tensors")
+    parser.add_argument("--glibc", action="store_true", help="a row of ours without tcmalloc, as on a machine that lacks it")
     parser.add_argument("--add", action="store_true", help="add rounds to those of the file, of the same problem")
     parser.add_argument("--our-side", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -275,7 +275,7 @@ def main() -> None:
             for name, outcome in results_of(list(sides), outcome_of, needed=[name for name in sides if name.startswith(OURS)]).items():
                 found.setdefault(name, []).append(outcome)
         rows = summarise(found, work)
-    left_out = ("our_side", "add", "keep_freed", "rounds", "trl_pairs", "trl_variants", "recompute", "out", "timeout", "trl_python")
+    left_out = ("our_side", "add", "glibc", "rounds", "trl_pairs", "trl_variants", "recompute", "out", "timeout", "trl_python")
     problem = {name: value for name, value in vars(options).items() if name not in left_out}
     assert problem == earlier.get("problem", problem), f"{options.out} holds rounds of another problem: {earlier['problem']}"
     report = {
