@@ -5,9 +5,12 @@ import queue
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from spin_megatron.config import RunConfig
 from spin_megatron.run.layout import RunLayout
+
+if TYPE_CHECKING:  # the doctor runs where pydantic is missing too
+    from spin_megatron.config import RunConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _ANSWER_SECONDS = 60
@@ -51,7 +54,7 @@ class GpuPool:
             self._groups.put(taken)
 
 
-def pool_for(config: RunConfig, layout: RunLayout, iteration: int) -> GpuPool:
+def pool_for(config: "RunConfig", layout: RunLayout, iteration: int) -> GpuPool:
     """The pool of an iteration's shards on this machine."""
     gpus = visible_gpus()
     if not gpus:
