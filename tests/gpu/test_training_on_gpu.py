@@ -16,6 +16,7 @@ from spin_megatron.plan.hardware import find_gpu
 from spin_megatron.plan.precision import PrecisionName
 from spin_megatron.plan.shape import ParallelLayout
 from spin_megatron.plan.speed import step_time
+from spin_megatron.run.records import ReferenceScore
 from tests.gpu import bodies
 from tests.parity.tiny_models import make_tiny_model
 from tests.parity.train_run import make_run
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 PRECISIONS: list[PrecisionName] = ["bf16", "fp8-blockwise", "fp8-tensorwise", "mxfp8"]
 Record = Callable[[str, object], None]
+References = dict[str, ReferenceScore]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "llama3": make_tiny_model("llama3", root / "llama3", **bodies.ALIGNED),
         "qwen3_moe": make_tiny_model("qwen3_moe", root / "qwen3_moe", **(bodies.ALIGNED | experts)),
     }
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu(folders: dict[str, Path]) -> dict[PrecisionName, References]:
+    precisions: list[PrecisionName] = ["fp32", "bf16"]
+    return {precision: bodies.train_from_zero(folders["llama3"], "cpu", precision).references for precision in precisions}
 
 
 def skip_where_it_is_not_computed(precision: PrecisionName) -> None:
@@ -69,10 +77,12 @@ def test_first_and_last_layers_in_bf16_start_at_zero_too(folders: dict[str, Path
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_log_probs_agree_with_the_cpu(precision: PrecisionName, folders: dict[str, Path], record_property: Record) -> None:
+def test_log_probs_agree_with_the_cpu(
+    precision: PrecisionName, folders: dict[str, Path], on_the_cpu: dict[PrecisionName, References], record_property: Record
+) -> None:
     skip_where_it_is_not_computed(precision)
-    exact = bodies.train_from_zero(folders["llama3"], "cpu", "fp32").references
-    rounding = bodies.rms_nats(bodies.train_from_zero(folders["llama3"], "cpu", "bf16").references, exact)
+    exact = on_the_cpu["fp32"]
+    rounding = bodies.rms_nats(on_the_cpu["bf16"], exact)
     found = bodies.rms_nats(bodies.train_from_zero(folders["llama3"], "cuda", precision).references, exact)
     record_property("rms_nats_per_token", found)
     record_property("rms_nats_per_token_of_bf16_on_the_cpu", rounding)
