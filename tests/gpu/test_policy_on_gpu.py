@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spin_megatron.data.batches import make_batch
 from spin_megatron.mcore.attention import Backend, BackendName, BranchAttention, attend_by_branch
+from spin_megatron.mcore.layers import choose_layer_spec
 from spin_megatron.mcore.optimizer import UpdateRule
 from spin_megatron.mcore.runtime import running
 from spin_megatron.mcore.training import Objective, train_step
@@ -83,7 +84,9 @@ def test_log_probs_on_the_gpu_agree_with_transformers_on_the_cpu(family: str, tm
             first, second = (score_packs(chunks, [batch], runtime)[0] for _ in range(2))
             assert torch.equal(first, second), "the cached reference must be what the first step computes"
             found[dtype] = sequence_sums(first, batch.lengths_Q).cpu()
-    torch.testing.assert_close(found[torch.float32], expected_Q, atol=1e-2, rtol=0)  # TF32 may be on in the linear layers
+    # Transformer Engine multiplies fp32 in TF32: with operands rounded to 10 bits transformers' own sums move by up to 0.024.
+    atol = 0.08 if choose_layer_spec(torch.device("cuda")).kind == "transformer_engine" else 2e-3
+    torch.testing.assert_close(found[torch.float32], expected_Q, atol=atol, rtol=0)
     lengths_Q = batch.lengths_Q.float()
     assert float(((found[torch.bfloat16] - expected_Q).abs() / lengths_Q.sqrt()).max()) < 0.3  # about 0.05 nat rms a token
 
