@@ -287,15 +287,23 @@ def activation_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainS
     layers_per_chunk = layout.layers_of_rank(shape.num_layers, pipeline_rank) / layout.virtual_pipeline
     kept = in_flight * layers_per_chunk * tokens * widths.token_bytes(element, settings.recompute)
     kept += tokens * widths.recomputed_bytes(element, settings.recompute)
-    if not settings.fused_gradients:
-        # The largest matrix's gradient in bf16, before it is added to the fp32 buffer.
-        trained = trained_parameters(shape, layout, settings, pipeline_rank)[0]
-        kept += max(p.numel for p in trained if p.name.startswith("decoder.")) * element
+    kept += gradient_bytes_beside_the_buffer(shape, layout, settings, pipeline_rank)
     kept += fp8_copy_bytes(shape, layout, settings, pipeline_rank)
     if pipeline_rank == 0:
         # The embedding's output, for each micro-batch in flight.
         kept += min(layout.pipeline, settings.micro_batches) * tokens * widths.checkpoint * element
     return int(kept)
+
+
+def gradient_bytes_beside_the_buffer(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> int:
+    """Weight gradients that are not the fp32 buffer: the largest matrix's in bf16 before it is added to it; with fused products a dummy of
+    each kind of matrix, which autograd is given and Transformer Engine keeps (module/base.py, get_dummy_wgrad)."""
+    trained = trained_parameters(shape, layout, settings, pipeline_rank)[0]
+    matrices = [p for p in trained if p.name.startswith("decoder.")]
+    if not settings.fused_gradients:
+        return max(p.numel for p in matrices) * settings.weight_bytes
+    kinds = (max((p.numel for p in matrices if p.name.endswith(kind)), default=0) for kind in _FP8_MATRICES)
+    return sum(kinds) * settings.weight_bytes
 
 
 def fp8_copy_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> int:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from spin_megatron.data.batches import PackBatch, make_batch
+from spin_megatron.mcore.fused import choose_weight_gradients
+from spin_megatron.mcore.layers import choose_layer_spec
 from spin_megatron.mcore.model import SpinModel, build_model, load_huggingface
 from spin_megatron.mcore.optimizer import UpdateRule, build_trainer
 from spin_megatron.mcore.optimizer_state import slots
@@ -242,8 +244,8 @@ def steps_of_a_slice(
                     parameter.uniform_(-0.02, 0.02, generator=generator)
         steps = update(chunks, packs, runtime, num_steps=num_steps, pack_tokens=pack_tokens)
         measured = peak.num_bytes
+        gradients = choose_weight_gradients(choose_layer_spec(runtime.device), runtime.device)
     rows = sum(len(pair.real_ids) + len(pair.generated_ids) for pair in packs[0]) / pack_tokens
-    has_fused_gradients = device == "cuda" and precision != "fp32"
     settings = TrainSettings(
         pack_tokens,
         num_packs,
@@ -251,7 +253,7 @@ def steps_of_a_slice(
         optimizer="rmsprop",
         distributed_optimizer=False,
         head_rows=rows,
-        fused_gradients=has_fused_gradients,
+        fused_gradients=gradients.maker != "torch",
     )
     # The CUDA context is outside torch's allocator, and the CPU has none.
     return Slice(steps, measured, rank_memory(shape, ParallelLayout(), settings, 0).total - CONTEXT_BYTES, settings)
