@@ -19,6 +19,7 @@ import torch
 from spin_megatron.data.batches import PackBatch, make_batch
 from spin_megatron.mcore.fused import choose_weight_gradients
 from spin_megatron.mcore.layers import choose_layer_spec
+from spin_megatron.mcore.lora import Lora, add_adapters
 from spin_megatron.mcore.model import SpinModel, build_model, load_huggingface
 from spin_megatron.mcore.optimizer import UpdateRule, build_trainer
 from spin_megatron.mcore.optimizer_state import slots
@@ -27,6 +28,7 @@ from spin_megatron.mcore.runtime import DeviceKind, Runtime, running
 from spin_megatron.mcore.steps import score_packs
 from spin_megatron.mcore.training import Objective, train_step
 from spin_megatron.objective.logprobs import sequence_sums
+from spin_megatron.plan.adapters import AdapterShape
 from spin_megatron.plan.memory import CONTEXT_BYTES, TrainSettings, rank_memory
 from spin_megatron.plan.precision import PRECISIONS, PrecisionName
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
@@ -194,11 +196,11 @@ def _resident(name: str) -> int:
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))[1]) * 1024  # type: ignore[index]
 
 
-def wide_shape(*, num_layers: int, ffn: int, vocab_size: int) -> ModelShape:
-    """Llama-3-70B's width, heads and grouped keys."""
+def wide_shape(*, ffn: int, vocab_size: int) -> ModelShape:
+    """Two layers of Llama-3-70B's width, heads and grouped keys; its FFN is 28672 wide."""
     return ModelShape(
         family="llama",
-        num_layers=num_layers,
+        num_layers=2,
         hidden_size=8192,
         ffn_hidden_size=ffn,
         num_heads=64,
@@ -212,29 +214,53 @@ def wide_shape(*, num_layers: int, ffn: int, vocab_size: int) -> ModelShape:
 
 
 @dataclass(frozen=True)
+class SliceWork:
+    """Updates of a slice of a large model in one process, and what the planner says of their memory."""
+
+    shape: ModelShape
+    precision: PrecisionName
+    num_packs: int
+    pairs_per_pack: int
+    pack_tokens: int
+    num_steps: int
+    adapters: AdapterShape | None = None
+
+    @property
+    def packs(self) -> list[list[SpinPair]]:
+        return [different_pairs(seed, self.pairs_per_pack, self.shape.vocab_size) for seed in range(self.num_packs)]
+
+    def settings(self, device: DeviceKind) -> TrainSettings:
+        gradients = choose_weight_gradients(choose_layer_spec(torch.device(device)), torch.device(device))
+        return TrainSettings(
+            self.pack_tokens,
+            self.num_packs,
+            precision=self.precision,
+            optimizer="rmsprop",
+            distributed_optimizer=False,
+            head_rows=sum(len(pair.real_ids) + len(pair.generated_ids) for pair in self.packs[0]) / self.pack_tokens,
+            fused_gradients=gradients.maker != "torch",
+            adapters=self.adapters,
+        )
+
+    def planned_bytes(self, device: DeviceKind) -> int:
+        """Without the CUDA context: it is outside torch's allocator, and the CPU has none."""
+        return rank_memory(self.shape, ParallelLayout(), self.settings(device), 0).total - CONTEXT_BYTES
+
+
+@dataclass(frozen=True)
 class Slice:
-    """Updates of a slice, the peak bytes they took and those planned with these settings."""
+    """Updates of a slice, the peak bytes they took, and the names of the parameters that they changed and of all others."""
 
     steps: Steps
     measured_bytes: int
-    planned_bytes: int
-    settings: TrainSettings
+    changed: set[str]
+    unchanged: set[str]
 
 
-def steps_of_a_slice(
-    shape: ModelShape,
-    device: DeviceKind,
-    precision: PrecisionName,
-    *,
-    num_packs: int,
-    pairs_per_pack: int,
-    pack_tokens: int,
-    num_steps: int,
-) -> Slice:
-    """Real updates of a slice of a large model, from drawn weights."""
-    packs = [different_pairs(seed, pairs_per_pack, shape.vocab_size) for seed in range(num_packs)]
+def steps_of_a_slice(work: SliceWork, device: DeviceKind) -> Slice:
+    """Real updates of a slice of a large model, from drawn weights: of all of them, or of adapters beside them."""
     with running(ParallelLayout(), device=device, seed=1) as runtime, peak_memory(device) as peak:
-        chunks = build(shape, runtime, precision)
+        chunks = build(work.shape, runtime, work.precision)
         generator = torch.Generator(device=runtime.device).manual_seed(0)
         with torch.no_grad():
             for parameter in chunks[0].parameters():
@@ -242,21 +268,19 @@ def steps_of_a_slice(
                     parameter.fill_(1.0)
                 else:
                     parameter.uniform_(-0.02, 0.02, generator=generator)
-        steps = update(chunks, packs, runtime, num_steps=num_steps, pack_tokens=pack_tokens)
+        if work.adapters is not None:
+            add_adapters(chunks, Lora(work.adapters, 1.0, 0, 0), runtime)
+        before = _sums(chunks[0])
+        steps = update(chunks, work.packs, runtime, num_steps=work.num_steps, pack_tokens=work.pack_tokens)
+        after = _sums(chunks[0])
         measured = peak.num_bytes
-        gradients = choose_weight_gradients(choose_layer_spec(runtime.device), runtime.device)
-    rows = sum(len(pair.real_ids) + len(pair.generated_ids) for pair in packs[0]) / pack_tokens
-    settings = TrainSettings(
-        pack_tokens,
-        num_packs,
-        precision=precision,
-        optimizer="rmsprop",
-        distributed_optimizer=False,
-        head_rows=rows,
-        fused_gradients=gradients.maker != "torch",
-    )
-    # The CUDA context is outside torch's allocator, and the CPU has none.
-    return Slice(steps, measured, rank_memory(shape, ParallelLayout(), settings, 0).total - CONTEXT_BYTES, settings)
+    changed = {name for name, total in after.items() if total != before[name]}
+    return Slice(steps, measured, changed, before.keys() - changed)
+
+
+def _sums(chunk: SpinModel) -> dict[str, float]:
+    """The sum of each parameter's elements, fp32."""
+    return {name: float(parameter.detach().sum(dtype=torch.float32)) for name, parameter in chunk.named_parameters()}
 
 
 def run_train(layout: RunLayout, precision: PrecisionName) -> None:

@@ -12,6 +12,7 @@ import torch
 from spin_megatron.mcore.layers import choose_layer_spec
 from spin_megatron.mcore.optimizer import OptimizerName, UpdateRule
 from spin_megatron.mcore.precision import Fp8, require_fp8
+from spin_megatron.plan.adapters import MODULES, AdapterShape
 from spin_megatron.plan.hardware import find_gpu
 from spin_megatron.plan.precision import PrecisionName
 from spin_megatron.plan.shape import ParallelLayout
@@ -103,20 +104,38 @@ def test_the_same_updates_are_made_with_the_optimizer_in_the_host_s_memory(name:
         torch.testing.assert_close(torch.tensor(found[fraction].numbers), torch.tensor(found[0.0].numbers), rtol=1e-2, atol=0.0)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8-blockwise"])
-def test_a_slice_of_70b_takes_the_planned_memory_and_is_timed(precision: PrecisionName, record_property: Record) -> None:
+@pytest.mark.parametrize(
+    ("precision", "adapters"),
+    [
+        pytest.param("bf16", None, id="bf16"),
+        pytest.param("fp8-blockwise", None, id="fp8-blockwise"),
+        pytest.param("bf16", AdapterShape(16, tuple(MODULES)), id="bf16, adapters"),
+    ],
+)
+def test_a_slice_of_70b_takes_the_planned_memory_and_is_timed(
+    precision: PrecisionName, adapters: AdapterShape | None, record_property: Record
+) -> None:
     skip_where_it_is_not_computed(precision)
-    shape = bodies.wide_shape(num_layers=2, ffn=28672, vocab_size=32000)
-    found = bodies.steps_of_a_slice(shape, "cuda", precision, num_packs=4, pairs_per_pack=60, pack_tokens=4096, num_steps=4)
-    name = "h200" if "H200" in torch.cuda.get_device_name() else "h100"
+    work = bodies.SliceWork(
+        bodies.wide_shape(ffn=28672, vocab_size=32000),
+        precision,
+        num_packs=4,
+        pairs_per_pack=60,
+        pack_tokens=4096,
+        num_steps=4,
+        adapters=adapters,
+    )
+    found, planned_bytes = bodies.steps_of_a_slice(work, "cuda"), work.planned_bytes("cuda")
+    gpu = find_gpu("h200" if "H200" in torch.cuda.get_device_name() else "h100")
     record_property("measured_bytes", found.measured_bytes)
-    record_property("planned_bytes", found.planned_bytes)
+    record_property("planned_bytes", planned_bytes)
     # The first step allocates and compiles.
     record_property("tokens_per_second", 4 * 4096 / statistics.median(found.steps.seconds[1:]))
-    record_property("planned_tokens_per_second", step_time(shape, ParallelLayout(), found.settings, find_gpu(name)).tokens_per_second(1))
+    planned_step = step_time(work.shape, ParallelLayout(), work.settings("cuda"), gpu)
+    record_property("planned_tokens_per_second", planned_step.tokens_per_second(1))
     assert found.steps.margins[0] == 0.0
     assert all(found.steps.are_applied)
-    assert found.measured_bytes == pytest.approx(found.planned_bytes, rel=0.1)
+    assert found.measured_bytes == pytest.approx(planned_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8-blockwise"])
