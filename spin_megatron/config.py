@@ -20,9 +20,9 @@ StageName = Literal["export", "prepare", "build-engine", "generate", "merge", "t
 
 
 class Section(BaseModel):
-    """A TOML table: frozen, strict types, unknown keys refused."""
+    """A TOML table: frozen, strict types, finite numbers, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):

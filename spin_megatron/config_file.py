@@ -22,7 +22,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             The message names the file, the key and what to do.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8.") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give the path of a TOML config, e.g. one below examples/.") from error
     except tomllib.TOMLDecodeError as error:
@@ -41,8 +43,9 @@ def validate_config(values: dict[str, Any], *, origin: str) -> RunConfig:
         ValueError: as `load_config`.
     """
     try:
-        # JSON mode: strict types, but lists and paths need no Python-specific classes.
-        return RunConfig.model_validate_json(json.dumps(values))
+        # JSON mode: strict types, but lists and paths need no Python-specific classes. No setting is a date or a time: what TOML takes
+        # for one, as in `time = 04:00:00` without quotes, is meant as the text it is.
+        return RunConfig.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise ValueError(f"{origin} is not a valid config:\n" + "\n".join(_describe(problem) for problem in error.errors())) from error
 

@@ -47,6 +47,8 @@ def test_stop_epoch_is_the_whole_schedule_unless_given(tmp_path: Path) -> None:
         ("train.global_batch_pairs=2.5", r"train\.global_batch_pairs"),
         ("objective.beta=[]", r"objective\.beta is an empty list"),
         ("objective.beta=-1.0", r"objective\.beta=-1\.0 must be positive"),
+        ("objective.beta=nan", r"objective\.beta\.float: Input should be a finite number"),
+        ("optimizer.epsilon=inf", r"optimizer\.epsilon: Input should be a finite number"),
         ("train.stop_epoch=9", r"train\.stop_epoch=9 is beyond train\.schedule_epochs=2 in iteration 0"),
         ("parallel", r"'parallel' is not of the form section\.key=value"),
         ("model.path.x=1", r"'path' is a value, not a section"),
@@ -68,6 +70,21 @@ def test_a_missing_file_and_broken_toml_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "nothing.toml")
     with pytest.raises(ValueError, match=r"is not TOML"):
         load_config(write(tmp_path, "[run\n"))
+
+
+def test_a_file_of_another_encoding_is_named_and_a_mark_of_utf_8_is_no_part_of_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "\ufeff" + MINIMAL)
+    assert load_config(path).model.path == "org/model"
+    path.write_bytes(MINIMAL.encode() + "# caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"run config\.toml: byte {len(MINIMAL) + 6} is not UTF-8; save the file as UTF-8"):
+        load_config(path)
+
+
+def test_what_toml_takes_for_a_date_or_a_time_is_the_text_it_is_written_as(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "[run]\nname = 2026-05-01\n[slurm.stages.train]\ntime = 04:00:00\n")
+    config = load_config(path, ["slurm.stages.generate.time=12:30:00"])
+    assert config.run.name == "2026-05-01"
+    assert (config.slurm.of("train").time, config.slurm.of("generate").time) == ("04:00:00", "12:30:00")
 
 
 def test_sharing_the_prompt_decides_what_a_pack_must_hold(tmp_path: Path) -> None:
