@@ -126,10 +126,9 @@ class MetricsWriter:
             write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         self._events = EventFileWriter(str(tensorboard))
-        if resume_step:
-            # TensorBoard drops what earlier files say of steps from here on (SessionLog.START semantics).
-            session = SessionLog(status=SessionLog.START)
-            self._events.add_event(Event(wall_time=time.time(), step=resume_step, session_log=session))
+        # TensorBoard drops what earlier files say of steps from here on (SessionLog.START semantics): of all, where nothing was saved.
+        session = SessionLog(status=SessionLog.START)
+        self._events.add_event(Event(wall_time=time.time(), step=resume_step, session_log=session))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record the numbers of one step; NaN and infinities are kept as the strings JSON has no number for."""

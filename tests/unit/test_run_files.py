@@ -153,16 +153,18 @@ def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in lines] == [(0, 0.0), (1, 1.0), (2, "nan")]
 
 
-def test_tensorboard_shows_the_resumed_values_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resumed_at", [1, 0])  # 0: killed before its first checkpoint, or made anew
+def test_tensorboard_shows_the_resumed_values_once(resumed_at: int, tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for first, values in ((0, (1.0, 2.0, 3.0)), (1, (20.0, 30.0))):
+    for first, values in ((0, (1.0, 2.0, 3.0)), (resumed_at, (20.0, 30.0))):
         writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=first)
         for step, value in enumerate(values, start=first):
             writer.write(step, {"loss": value})
         writer.close()
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.0), (1, 20.0), (2, 30.0)]
+    expected = [(0, 1.0), (1, 20.0), (2, 30.0)] if resumed_at else [(0, 20.0), (1, 30.0)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
 
 
 @contextmanager
