@@ -105,18 +105,19 @@ def _check_device(config: RunConfig) -> None:
 
 
 def _check_addresses(config: RunConfig) -> None:
-    """A hub name needs a pinned revision; anything that looks like a path must be there."""
+    """A hub name needs a pinned revision; anything that looks like a path must be there, and be absolute by now (config_file)."""
     model, data = config.model, config.data
     for name, address, revision in (("model.path", model.path, model.revision), ("data.source", data.source, data.revision)):
-        path = Path(address)
-        if path.exists():
-            continue
+        path, rule = Path(address), "relative paths count from the config file's folder"
         section = name.partition(".")[0]
+        if path.is_absolute() and path.exists():
+            if section == "model" and not path.is_dir():
+                raise ValueError(f"model.path={address} is a file; give the Hugging Face folder that it is in.")
+            continue
+        if path.exists():
+            raise ValueError(f"{name}={address} is there in the current folder only, and {rule}; give {str(path.resolve())!r}.")
         if path.is_absolute() or path.suffix in FILE_TYPES:
-            raise ValueError(
-                f"{name}={address} does not exist (relative paths count from the config file's folder); give an existing path, or a hub "
-                f"name with {section}.revision."
-            )
+            raise ValueError(f"{name}={address} does not exist ({rule}); give an existing path, or a hub name with {section}.revision.")
         if revision is None or not is_commit(revision):
             raise ValueError(
                 f"{name}={address} is no path here, so it is a hub name, and {section}.revision={revision!r} does not pin it: a name or a "

@@ -73,6 +73,7 @@ def test_a_damaged_model_is_refused(
     [
         (["data.source=mistyped.jsonl"], "data.source=mistyped.jsonl does not exist"),
         (["model.path=/nowhere/model"], "model.path=/nowhere/model does not exist"),
+        (["model.path=conversations.jsonl"], "conversations.jsonl is a file; give the Hugging Face folder"),
         (["model.path=org/model"], "model.revision=None does not pin it"),
         (["model.path=org/model", "model.revision=main"], "model.revision='main' does not pin it"),
         (["data.source=org/data", "data.revision=v1.0"], "data.revision='v1.0' does not pin it"),
@@ -85,6 +86,15 @@ def test_a_wrong_setting_is_refused(changes: list[str], message: str, tiny_run: 
     options = [option for change in changes for option in ("--set", change)]
     assert main(["check", str(tiny_run), *options]) == 2
     assert message in errors(capsys)
+
+
+def test_what_is_in_the_current_folder_alone_is_no_path(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_run.parent / "model", tmp_path / "here" / "model")
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", str(tiny_run), "--set", "model.path=here/model"]) == 2
+    assert f"relative paths count from the config file's folder; give '{tmp_path}/here/model'" in errors(capsys)
 
 
 def test_a_good_config_and_a_pinned_hub_model_pass(tiny_run: Path) -> None:
