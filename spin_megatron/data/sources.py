@@ -119,8 +119,8 @@ def _file_rows(paths: list[Path]) -> Rows:
     for path in paths:
         if path.suffix not in FILE_TYPES:
             raise ValueError(f"{path}: {path.suffix or 'no suffix'} is no known file type; use one of {', '.join(FILE_TYPES)}.")
-    counts = [_count_rows(path) for path in paths]
-    return Rows(sum(counts), (item for path in paths for item in _read_file(path)))
+    opened = [_open_file(path) for path in paths]
+    return Rows(sum(num_rows for num_rows, _ in opened), (item for _, rows in opened for item in rows))
 
 
 def _folder_rows(folder: Path, split: str, subset: str | None) -> Rows:
@@ -194,18 +194,15 @@ def _dataset_rows(dataset: Iterable[Row], name: str) -> Iterator[tuple[str, Row]
         yield f"{name} row {number}", row
 
 
-def _count_rows(path: Path) -> int:
-    """Rows of a file, for the progress bar; exact but for blank lines."""
+def _open_file(path: Path) -> tuple[int, Iterator[tuple[str, Row]]]:
+    """The number of a file's rows (lines, for JSON lines) and the rows."""
     if path.suffix == ".parquet":
-        return int(_open_parquet(path).metadata.num_rows)
+        return int(_open_parquet(path).metadata.num_rows), _read_parquet(path)
+    if path.suffix == ".json" and _starts_array(path):
+        rows = _json_array(path)
+        return len(rows), _array_rows(path, rows)
     with open(path, "rb") as handle:
-        return sum(block.count(b"\n") for block in iter(lambda: handle.read(1 << 20), b""))
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    return _read_json_array(path) if path.suffix == ".json" and _starts_array(path) else _read_json_lines(path)
+        return sum(1 for _ in handle), _read_json_lines(path)
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -231,13 +228,17 @@ def _starts_array(path: Path) -> bool:
         return next((line.lstrip()[0] for line in handle if line.strip()), "") == "["
 
 
-def _read_json_array(path: Path) -> Iterator[tuple[str, Row]]:
+def _json_array(path: Path) -> list[Any]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows: list[Any] = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start + 1} is not UTF-8; convert the file to UTF-8.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} line {error.lineno}: not JSON ({error.msg} at column {error.colno}).") from error
+    return rows
+
+
+def _array_rows(path: Path, rows: list[Any]) -> Iterator[tuple[str, Row]]:
     for number, row in enumerate(rows, start=1):
         where = f"{path} row {number}"
         yield where, _as_row(row, where)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin_megatron.data.sources import load_examples
+from spin_megatron.data.sources import load_examples, open_rows
 from spin_megatron.run.records import SftExample
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -47,6 +47,14 @@ def test_jsonl_json_and_parquet_files_give_the_same_examples(tmp_path: Path) -> 
         assert prompts(examples) == ["question 0", "question 1", "question 2"]
     assert loaded[0][0].source == str(paths[0])
     assert loaded[0][0].revision is None
+
+
+def test_rows_are_counted_whatever_the_line_breaks_of_a_file(tmp_path: Path) -> None:
+    rows = [qa(number) for number in range(3)]
+    (tmp_path / "array.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for path in tmp_path.iterdir():
+        assert open_rows(str(path), split="train", subset=None, revision=None).num_rows == 3
 
 
 def test_blank_lines_a_byte_order_mark_and_unusual_separators_inside_text_are_no_errors(tmp_path: Path) -> None:
