@@ -33,11 +33,18 @@ RMSPROP = UpdateRule("rmsprop")
 # moves its weight as far as any other, and layouts drift apart by 3e-5 in a step. The root mean square of g is 0.02 here.
 LAYOUT_EPSILON = 1e-3
 # name -> (kind of tiny model, layers, rule)
-MODELS = {"llama2": ("llama2", 4, ADAMW), "tied": ("qwen3_tied", 6, RMSPROP), "mixtral": ("mixtral", 4, ADAMW)}
-LLAMA, TIED, EXPERTS = (("llama2",), ("tied",), ("mixtral",))
+MODELS = {
+    "llama2": ("llama2", 4, ADAMW),
+    "tied": ("qwen3_tied", 6, RMSPROP),
+    "deep": ("qwen3_tied", 9, ADAMW),
+    "mixtral": ("mixtral", 4, ADAMW),
+}
+LLAMA, TIED, DEEP, EXPERTS = (("llama2",), ("tied",), ("deep",), ("mixtral",))
 DENSE = (*LLAMA, *TIED)
 PIPELINED = ParallelLayout(pipeline=2, data=2, virtual_pipeline=2)
 UNEVEN = (2, 2, 1, 1)  # layers of the tied model's virtual stages
+# Inner ranks have neither embedding nor head, and the last stage, with the head, has fewer layers than the first.
+DEEP_PIPELINE = ParallelLayout(pipeline=4, virtual_pipeline=2, stage_layers=(2, 1, 1, 1, 1, 1, 1, 1))
 
 CASES = {
     "dp": Case(ParallelLayout(data=4), DENSE),
@@ -54,6 +61,8 @@ CASES = {
     # Four micro-batches: only then does a stage send an activation and a gradient to the same rank at a time.
     "tp, pp, virtual stages": Case(ParallelLayout(tensor=2, pipeline=2, virtual_pipeline=2), LLAMA),
     "pp, uneven virtual stages": Case(ParallelLayout(pipeline=2, data=2, virtual_pipeline=2, stage_layers=UNEVEN), TIED),
+    "pp of four ranks": Case(ParallelLayout(pipeline=4), LLAMA, is_distributed=True),
+    "pp of four ranks, uneven virtual stages": Case(DEEP_PIPELINE, DEEP),
     "pp, virtual stages, recomputed": Case(PIPELINED, LLAMA, is_distributed=True, recompute="full"),
     "tp and pp": Case(ParallelLayout(tensor=2, pipeline=2), DENSE),
     "pp, virtual stages, overlapped": Case(PIPELINED, LLAMA, is_distributed=True, overlap=True),
@@ -73,6 +82,13 @@ CASES = {
 # Three kinds at a time, as large runs have them.
 CASES_OF_8 = {
     "tp, pp, dp": Case(ParallelLayout(tensor=2, pipeline=2, data=2, sequence=True), LLAMA, is_distributed=True),
+    "tp, pp of four ranks, uneven virtual stages": Case(
+        replace(DEEP_PIPELINE, tensor=2, sequence=True), DEEP, is_distributed=True, recompute="selective"
+    ),
+    # Two packs a data rank: empty ones fill the schedule up to four.
+    "dp, pp of four ranks, uneven virtual stages, overlapped": Case(
+        replace(DEEP_PIPELINE, data=2), DEEP, is_distributed=True, overlap=True
+    ),
     "tp, cp, dp": Case(ParallelLayout(tensor=2, context=2, data=2, sequence=True), LLAMA, is_distributed=True, overlap=True),
     "tp, pp, ep": Case(
         ParallelLayout(tensor=2, pipeline=2, data=2, virtual_pipeline=2, expert=2, sequence=True),
@@ -99,9 +115,7 @@ def runtime() -> Iterator[Runtime]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("world_size", "cases"), [(4, CASES), (8, CASES_OF_8)], ids=["4 ranks", "8 ranks"])
-def test_loss_and_gradient_norm_equal_one_process_on_every_layout(
-    models: dict[str, Path], world_size: int, cases: dict[str, Case]
-) -> None:
+def test_loss_and_gradient_norm_equal_one_process_on_every_layout(models: dict[str, Path], world_size: int, cases: dict[str, Case]) -> None:
     subjects = {name: Subject(models[name], replace(rule, epsilon=LAYOUT_EPSILON)) for name, (_, _, rule) in MODELS.items()}
     assert_layouts_agree(subjects, cases, world_size=world_size)
 
