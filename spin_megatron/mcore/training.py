@@ -72,7 +72,7 @@ def train_step(
         batches: this data-parallel rank's packs; every rank has the same number (PackedPairs.share_of).
         references: pair_id -> log-prob sums under theta_t, for the pairs of these packs at least.
         num_pairs: pairs of the step on all ranks.
-        must_start_at_zero: this is the first update of an iteration: check, before the weights change, that theta is theta_t.
+        must_start_at_zero: no update of this iteration was made yet: check, before the weights change, that theta is theta_t.
         judge: given on all ranks or on none; rank 0's is asked whether the update may be made, and all ranks follow.
 
     Raises:
@@ -101,10 +101,10 @@ def train_step(
     clear_gradients(trainer)
     by_pack: list[Tensor] = run_schedule(forward_step(finish), trainer.chunks, batches, runtime, forward_only=False)
     metrics = mean_metrics(sum_over_packs(by_pack, runtime))
-    if must_start_at_zero:
-        check_start(metrics, objective)
     if not math.isfinite(metrics["loss"]):
         return StepOutcome(metrics, math.nan, is_applied=False, suspects=_suspects(batches, by_pack))
+    if must_start_at_zero:
+        check_start(metrics, objective)
 
     def is_allowed(grad_norm: float) -> bool:
         assert judge is not None

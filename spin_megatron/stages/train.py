@@ -47,6 +47,7 @@ from spin_megatron.stages.context import StageContext, StageOutput
 logger = logging.getLogger(__name__)
 
 NUM_PROBE_PAIRS = 4
+NUM_NAMED_PAIRS = 20
 # Settings that decide how the work is done, not what comes out.
 _OPERATIONAL = (*OPERATIONAL, "offload_fraction")
 
@@ -194,7 +195,21 @@ def _reference_phase(job: _Job, chunks: Sequence[SpinModel]) -> dict[str, Refere
         if scores is None:
             return None
     assert scores is not None
+    _report_unusable(scores, layout.theta(t), is_first_rank=job.runtime.rank == 0)
     return {score.pair_id: score for score in scores}
+
+
+def _report_unusable(scores: Sequence[ReferenceScore], theta: Path, *, is_first_rank: bool) -> None:
+    """Name the pairs that no step can be made with. Raises ValueError when there are no others."""
+    unusable = [score.pair_id for score in scores if not math.isfinite(score.logp_real + score.logp_generated)]
+    if len(unusable) == len(scores):
+        raise ValueError(
+            f"the log-probs of all {len(scores)} pairs under theta_t are not finite: the weights in {theta} are damaged, or too large for "
+            'their precision; look at the stage that made them, or use train.precision="fp32".'
+        )
+    if unusable and is_first_rank:
+        shown = ", ".join(unusable[:NUM_NAMED_PAIRS]) + (", ..." if len(unusable) > NUM_NAMED_PAIRS else "")
+        logger.warning("log-probs under theta_t are not finite, and steps will be skipped, for %d pairs: %s", len(unusable), shown)
 
 
 def _update_phase(job: _Job, trainer: Trainer, references: dict[str, ReferenceScore]) -> bool:
@@ -214,8 +229,9 @@ def _update_phase(job: _Job, trainer: Trainer, references: dict[str, ReferenceSc
     with bar as advance, _metrics_writer(job, progress) as writer:
         for step in plan.remaining(progress):
             started = time.perf_counter()
+            step = replace(step, after=replace(step.after, num_skipped=progress.num_skipped))
             outcome, learning_rate = _make_step(job, trainer, references, step, plan, guard)
-            progress = replace(step.after, num_skipped=progress.num_skipped + (not outcome.is_applied))
+            progress = replace(step.after, num_skipped=step.after.num_skipped + (not outcome.is_applied))
             skipped_in_row = 0 if outcome.is_applied else skipped_in_row + 1
             if writer is not None:
                 seconds = time.perf_counter() - started
@@ -285,7 +301,7 @@ def _make_step(
         runtime,
         num_pairs=step.num_pairs,
         learning_rate=learning_rate,
-        must_start_at_zero=step.after.step == 1,
+        must_start_at_zero=step.after.num_updates == 1,
         judge=guard.judge,
     )
     if outcome.suspects:

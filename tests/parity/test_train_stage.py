@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader, load
 
 from spin_megatron.config import RunConfig
@@ -19,7 +21,7 @@ from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.records import ReferenceScore, SpinPair, read_rows
 from spin_megatron.stages import train
 from spin_megatron.stages.context import StageContext, StageOutput
-from tests.parity.tiny_models import huggingface_logits, response_logps
+from tests.parity.tiny_models import VOCAB, huggingface_logits, response_logps
 from tests.parity.train_run import make_config, make_run
 
 
@@ -186,6 +188,64 @@ def test_steps_that_fail_in_a_row_stop_the_run_and_keep_its_state(
     assert [step["skipped"] for step in steps_of(layout)] == [1.0, 1.0]
     run_train(layout, config)  # without the fault it goes on after the two steps
     assert [step["skipped"] for step in steps_of(layout)[:3]] == [1.0, 1.0, 0.0]
+
+
+def test_margins_must_start_at_zero_until_an_update_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, asked = make_run(tmp_path), []
+    build, make = train.build_trainer, train.train_step
+
+    def build_broken_once(*args: Any, **options: Any) -> Any:
+        trainer = build(*args, **options)
+        weight = trainer.chunks[0].module.decoder.final_layernorm.weight
+        weight.register_hook(lambda gradient: gradient * math.nan if len(asked) == 1 else gradient)
+        return trainer
+
+    def asking(*args: Any, **options: Any) -> Any:
+        asked.append(options["must_start_at_zero"])
+        return make(*args, **options)
+
+    monkeypatch.setattr(train, "build_trainer", build_broken_once)
+    monkeypatch.setattr(train, "train_step", asking)
+    run_train(layout, stop=lambda: len(asked) == 4)
+    run_train(layout)
+    assert [step["skipped"] for step in steps_of(layout)[:3]] == [1.0, 0.0, 0.0]
+    assert asked == [True, True] + [False] * (len(asked) - 2)
+
+
+def spoil_token(folder: Path, token: int) -> None:
+    """Let one row of a Hugging Face folder's embedding be NaN."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][token] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_pairs_whose_log_probs_are_not_finite_are_named_and_their_steps_are_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    layout = make_run(tmp_path)
+    pairs = read_rows(layout.train_pairs(0), SpinPair)
+    held = {pair.pair_id: {*pair.prompt_ids, *pair.real_ids, *pair.generated_ids} for pair in pairs}
+    token = next(token for token in range(VOCAB) if sum(token in ids for ids in held.values()) == 1)
+    (broken,) = (pair_id for pair_id, ids in held.items() if token in ids)
+    spoil_token(layout.theta(0), token)
+    run_train(layout)
+    assert f"for 1 pairs: {broken}" in caplog.text
+    skipped = [step["step"] for step in steps_of(layout) if step["skipped"]]
+    named = re.findall(r"step (\d+): the loss is not finite in the packs of the pairs ([^\n]+)", caplog.text)
+    assert [int(step) for step, _ids in named] == skipped
+    assert len(skipped) == 2, "once an epoch"
+    assert all(broken in ids.split(", ") for _step, ids in named)
+    assert next(step["margin_abs"] for step in steps_of(layout) if not step["skipped"]) == 0.0
+
+
+def test_a_model_whose_log_probs_are_nowhere_finite_is_refused(tmp_path: Path) -> None:
+    layout = make_run(tmp_path)
+    tensors = load_file(layout.theta(0) / "model.safetensors")
+    tensors["model.norm.weight"][:] = math.inf
+    save_file(tensors, layout.theta(0) / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"all 16 pairs under theta_t are not finite: the weights in .*train\.precision"):
+        run_train(layout)
+    assert not layout.metrics(0).exists()
 
 
 def test_a_limit_of_guard_stops_the_run_before_the_update_and_another_limit_lets_it_go_on(tmp_path: Path) -> None:
