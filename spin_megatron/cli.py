@@ -127,10 +127,12 @@ def _run_stage(arguments: argparse.Namespace) -> int:
     from spin_megatron.launch.rank import slurm_owner
     from spin_megatron.pipeline import StageRef, execute, made_in
 
-    config, layout = loop.open_run(arguments.run_dir, arguments.overrides)
+    is_rank = "RANK" in os.environ
+    # A rank is told all that changed; what a person types goes on as the last `run` or `submit` did.
+    config, layout = (loop.open_run if is_rank else loop.open_as_changed)(arguments.run_dir, arguments.overrides)
     ref = StageRef(arguments.verb, arguments.iteration, getattr(arguments, "shard", None))
     loop.require_in_line(config, ref)
-    if "RANK" not in os.environ:
+    if not is_rank:
         with Launcher() as launcher:
             return loop.launch_stage(launcher, config, layout, ref)
     rank = int(os.environ["RANK"])

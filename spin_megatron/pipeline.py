@@ -8,6 +8,7 @@ a stage's module is imported when the stage runs.
 """
 
 import importlib
+import logging
 import shutil
 import socket
 import time
@@ -24,6 +25,7 @@ from spin_megatron.run.lock import Owner, held, is_held
 from spin_megatron.run.manifest import Manifest, OutputFile, StageIncomplete, StaleStage
 from spin_megatron.run.telemetry import progress_bar
 
+logger = logging.getLogger(__name__)
 State = Literal["done", "stale", "ready", "waiting"]
 
 # Ten missed touches of a lock (run/lock.py): a file server may be slow for a while.
@@ -49,6 +51,11 @@ class StageRef:
         """What a person types to run exactly this stage."""
         shard = "" if self.shard is None else f" --shard {self.shard}"
         return f"spin-megatron {self.name} --run-dir {str(layout.root)!r} --iteration {self.iteration}{shard}"
+
+    def redo_command(self, layout: RunLayout) -> str:
+        """What a person types to make exactly this stage, and what was made from it, anew."""
+        shard = "" if self.shard is None else f":{self.shard}"
+        return f"spin-megatron run {str(layout.root)!r} --redo {self.name}:{self.iteration}{shard}"
 
 
 @dataclass(frozen=True)
@@ -287,8 +294,7 @@ def require_current(config: RunConfig, layout: RunLayout, ref: StageRef, manifes
         ValueError: a file that its manifest vouches for is missing or changed in size.
     """
     settings, inputs = settings_of(config, ref), inputs_of(config, layout, ref)
-    shard = "" if ref.shard is None else f":{ref.shard}"
-    redo = f"spin-megatron run {str(layout.root)!r} --redo {ref.name}:{ref.iteration}{shard}"
+    redo = ref.redo_command(layout)
     if manifest.key != manifests.stage_key(ref.name, settings, inputs):
         lines = "\n  ".join(manifests.difference(manifest, settings, inputs))
         advice = f"Restore them, or move it and what follows aside with: {redo}"
@@ -324,6 +330,8 @@ def execute(
     manifest = manifests.read_manifest(folder)
     if manifest is not None:
         require_current(config, layout, ref, manifest)
+        if rank == 0:
+            logger.info("%s is done; to make it anew: %s", ref, ref.redo_command(layout))
         return True
     # The stamps first: files that change from here on are read again.
     stamps = _stamps(config) if ref.name == "prepare" else {}
@@ -344,8 +352,8 @@ def execute(
     with held(_lock(layout, ref), holder, what=str(ref), stale_seconds=LOCK_STALE_SECONDS, wait_seconds=wait_seconds):
         if manifests.read_manifest(folder) is not None:  # another owner finished it while this one waited
             return True
-        if not STAGES[ref.name].resumes:
-            _remove_contents(folder)
+        if not STAGES[ref.name].resumes and folder.exists():  # what is unfinished of a stage that starts over is garbage
+            shutil.rmtree(folder)
         started_at = _now()
         output = module.run(context)
         if output.stopped:
@@ -401,12 +409,6 @@ def redo(config: RunConfig, layout: RunLayout, chosen: StageRef) -> list[StageRe
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _remove_contents(folder: Path) -> None:
-    """Unfinished files of a stage that starts over are garbage."""
-    if folder.exists():
-        shutil.rmtree(folder)
 
 
 def is_running(layout: RunLayout, ref: StageRef) -> bool:

@@ -26,8 +26,8 @@ from spin_megatron.run.telemetry import progress_bar
 
 logger = logging.getLogger(__name__)
 
-# A started run may be moved to another layout or machine: these sections and settings decide how, not what.
-CHANGEABLE = ("parallel", "launch", "slurm", "quality", "guard", "stop", "generate.environment")
+# A started run may be moved to another layout or machine, and go on for longer: these sections and settings decide how, not what.
+CHANGEABLE = ("run.iterations", "parallel", "launch", "slurm", "quality", "guard", "stop", "generate.environment")
 BAR_SECONDS = 1.0
 _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped and saved its state"}
 
@@ -255,34 +255,40 @@ def changes(config: RunConfig, layout: RunLayout) -> list[str]:
 
 def _changeable_settings(config: RunConfig) -> dict[str, Any]:
     """What may change and a stage's process has to know, by name; [slurm] and [stop] are no concern of a stage."""
-    flat = flat_settings(config, [name for name in CHANGEABLE if name not in ("slurm", "stop", "generate.environment")])
-    environment = config.generate.environment.model_dump(mode="json")
-    return flat | {f"generate.environment.{name}": value for name, value in environment.items()}
+    flat = flat_settings(config, [section for section in _changeable_sections() if section not in ("slurm", "stop")])
+    chosen = {name: value for name, value in flat.items() if _is_changeable(name)}
+    environment = chosen.pop("generate.environment")
+    return chosen | {f"generate.environment.{name}": value for name, value in environment.items()}
+
+
+def _changeable_sections() -> list[str]:
+    return list(dict.fromkeys(name.partition(".")[0] for name in CHANGEABLE))
 
 
 def _is_changeable(name: str) -> bool:
     return any(name == changeable or name.startswith(f"{changeable}.") for changeable in CHANGEABLE)
 
 
-def remember_changes(config: RunConfig, layout: RunLayout) -> None:
-    """Keep the sections that may change as this `run` or `submit` has them: for its jobs and for `status`."""
-    values, sections = config.model_dump(mode="json"), dict.fromkeys(name.partition(".")[0] for name in CHANGEABLE)
-    now = {section: values[section] for section in sections}
-    if not layout.changes_json.exists() or json.loads(layout.changes_json.read_text(encoding="utf-8")) != now:
+def remember_changes(config: RunConfig, layout: RunLayout, *, sections: Sequence[str] | None = None) -> None:
+    """Keep the sections that may change, or some of them, as this `run` or `submit` has them: for its jobs and for what comes later."""
+    values = config.model_dump(mode="json")
+    before = json.loads(layout.changes_json.read_text(encoding="utf-8")) if layout.changes_json.exists() else {}
+    now = before | {section: values[section] for section in sections or _changeable_sections()}
+    if now != before:
         manifests.write_json(layout.changes_json, now)
 
 
-def open_as_changed(run_dir: Path) -> tuple[RunConfig, RunLayout]:
-    """A started run with the changeable sections of the last `run` or `submit`.
+def open_as_changed(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, RunLayout]:
+    """A started run with the changeable sections of the last `run` or `submit`, and `overrides` on top as in `open_run`.
 
     Raises:
-        ValueError: no run was started there.
+        ValueError: as `open_run`.
     """
     config, layout = open_run(run_dir)
-    if not layout.changes_json.exists():
-        return config, layout
-    values = config.model_dump(mode="json") | json.loads(layout.changes_json.read_text(encoding="utf-8"))
-    return validate_config(values, origin=str(layout.changes_json)), layout
+    if layout.changes_json.exists():
+        values = config.model_dump(mode="json") | json.loads(layout.changes_json.read_text(encoding="utf-8"))
+        config = validate_config(values, origin=str(layout.changes_json))
+    return _with_changes(config, overrides), layout
 
 
 def open_or_start(arguments: argparse.Namespace, *, is_trial: bool = False) -> tuple[RunConfig, RunLayout]:
@@ -295,7 +301,9 @@ def open_or_start(arguments: argparse.Namespace, *, is_trial: bool = False) -> t
         ValueError: the config is refused, or differs from that of the started run.
     """
     if arguments.target.is_dir():
-        return open_run(arguments.target, arguments.overrides)
+        if arguments.run_dir is not None:
+            raise ValueError(f"{arguments.target} is a folder, so it is the run; leave --run-dir out, or give a config file beside it.")
+        return open_as_changed(arguments.target, arguments.overrides)
     config = load_config(arguments.target, arguments.overrides)
     root = arguments.run_dir or Path("runs") / config.run.name
     layout = RunLayout(root.resolve())
@@ -324,8 +332,11 @@ def _same_run(frozen: RunConfig, config: RunConfig, layout: RunLayout) -> RunCon
     if differing:
         lines = "\n  ".join(differing)
         raise ValueError(f"{layout.root} was started with other settings:\n  {lines}\nUse another --run-dir, or restore the settings.")
-    changed: dict[str, Any] = {name: getattr(config, name) for name in CHANGEABLE if "." not in name}
-    changed["generate"] = frozen.generate.model_copy(update={"environment": config.generate.environment})
+    changed: dict[str, Any] = {}
+    for name in CHANGEABLE:
+        section, _, key = name.partition(".")
+        given = getattr(config, section)
+        changed[section] = getattr(frozen, section).model_copy(update={key: getattr(given, key)}) if key else given
     return frozen.model_copy(update=changed)
 
 
@@ -336,7 +347,7 @@ def _with_changes(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     values = config.model_dump(mode="json")
     for override in overrides:
         if not _is_changeable(override.partition("=")[0].strip()):
-            raise ValueError(f"--set {override!r}: a started run keeps its settings; only {' and '.join(CHANGEABLE)} may change.")
+            raise ValueError(f"--set {override!r}: a started run keeps its settings; only {', '.join(CHANGEABLE)} may change.")
         apply_override(values, override)
     return validate_config(values, origin="the started run with --set")
 

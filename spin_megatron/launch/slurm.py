@@ -196,6 +196,9 @@ def submit(config: RunConfig, layout: RunLayout, *, scripts: Path = DEFAULT_SCRI
         after = _active_arrays(layout, own_job)
         if ADVANCE in after.values():
             logger.info("jobs of this run are under way (%s); nothing to submit", ", ".join(after))
+            if own_job is None:  # what the jobs were asked for with holds for them
+                remember_changes(config, layout, sections=("run", "stop"))
+                logger.info("run.iterations and [stop] hold from now on, what else was changed only when these jobs are over")
             return []
         links = links[-1:] if after else links
         _make_log_folders(layout, links)

@@ -34,9 +34,9 @@ _TRAINING_PANELS = (
 
 def command(arguments: argparse.Namespace) -> int:
     """Handle the verb."""
-    from spin_megatron.launch.loop import open_run
+    from spin_megatron.launch.loop import open_as_changed
 
-    config, layout = open_run(arguments.run_dir)
+    config, layout = open_as_changed(arguments.run_dir)
     for path in write_report(config, layout):
         Console().print(f"wrote {path}", soft_wrap=True)
     return 0

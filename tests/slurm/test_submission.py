@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from spin_megatron.config import RunConfig
+from spin_megatron.config import RunConfig, StopSection
 from spin_megatron.launch import slurm, supervise
 from spin_megatron.launch.failures import MAX_SUBMISSION_FAILURES, read_events, record_failure, stop_reason
+from spin_megatron.launch.loop import open_as_changed
 from spin_megatron.launch.slurm import read_jobs, submit
 from spin_megatron.launch.supervise import Element, advance
 from spin_megatron.pipeline import StageRef
+from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from tests.slurm.test_commands import finish, make_config
 
@@ -126,6 +128,19 @@ def test_half_a_chain_gets_the_link_that_goes_on_and_nothing_else(started: tuple
     assert [(job.link, job.job_id) for job in submit(config, layout)] == [("advance", "105")]
     assert "--dependency=afterany:101:102" in programs.called("sbatch")[-1]
     assert submit(config, layout) == [], "a link that goes on is queued now"
+
+
+def test_while_jobs_are_under_way_the_run_s_end_may_change_and_their_resources_may_not(
+    started: tuple[RunConfig, RunLayout, Scripted],
+) -> None:
+    config, layout, _ = started
+    submit(config, layout)
+    manifests.write_text(layout.run_json, config.model_dump_json())
+    longer = config.run.model_copy(update={"iterations": 5})
+    other = config.slurm.model_copy(update={"signal_seconds": 7})
+    assert submit(config.model_copy(update={"run": longer, "slurm": other, "stop": StopSection(max_logp_drop=9.0)}), layout) == []
+    now, _ = open_as_changed(layout.root)
+    assert (now.run.iterations, now.stop.max_logp_drop, now.slurm.signal_seconds) == (5, 9.0, config.slurm.signal_seconds)
 
 
 def test_the_second_slot_leaves_a_requeued_first_one_its_work_and_replaces_a_killed_one(

@@ -148,12 +148,18 @@ def test_a_rule_of_stop_ends_the_run_after_the_iteration_that_fires_it(
     assert newest_theta(free, layout) == 3
 
 
-def test_a_rerun_runs_nothing(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+def test_a_rerun_runs_nothing_and_says_so(
+    config: RunConfig, layout: RunLayout, stage_runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(pipeline.logger, "info", lambda text, *values: told.append(text % values))
     do_all(config, layout)
     assert stage_runs == [str(ref) for ref in line(config)]
     assert {state_of(config, layout, ref) for ref in line(config)} == {"done"}
+    assert told == []
     do_all(config, layout)
     assert len(stage_runs) == len(line(config))
+    assert told[3] == f"generate 0 shard 0 is done; to make it anew: spin-megatron run {str(layout.root)!r} --redo generate:0:0"
 
 
 def test_a_stage_without_its_inputs_names_the_command_that_completes_them(

@@ -75,6 +75,30 @@ def test_sections_that_may_change_are_those_of_the_last_run_or_submit(config_pat
     assert open_run(root)[0].slurm.signal_seconds == 60, "run.json is never edited"
 
 
+def test_a_finished_run_goes_on_for_more_iterations_and_stays_with_them(
+    config_path: Path, finished: list[StageRef], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    assert main(["run", str(config_path), "--run-dir", str(root)]) == 0
+    assert made_in(finished[-1]) == 2
+    assert main(["run", str(root), "--set", "run.iterations=4", "--set", "launch.threads_per_process=2"]) == 0
+    assert finished[-1] == StageRef("evaluate", 3)
+    assert main(["run", str(root)]) == 0, "the folder is the run, as it was last started"
+    config, layout = open_as_changed(root)
+    assert (config.run.iterations, config.launch.threads_per_process) == (4, 2)
+    frozen, _ = open_run(root)
+    assert frozen.run.iterations == 3, "run.json is never edited"
+    assert open_run(root, loop.changes(config, layout))[0] == config, "what a stage's process is told"
+    capsys.readouterr()
+    assert main(["run", str(root), "--set", "run.seed=1"]) == 2
+    assert "only run.iterations, parallel, launch, slurm" in capsys.readouterr().err
+
+
+def test_a_run_directory_beside_a_run_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(tmp_path), "--run-dir", str(tmp_path / "other")]) == 2
+    assert "leave --run-dir out" in capsys.readouterr().err
+
+
 def test_a_dry_run_prints_every_line_and_starts_nothing(config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "a run"
     assert main(["submit", str(config_path), "--run-dir", str(root), "--dry-run"]) == 0
