@@ -51,7 +51,7 @@ class TrainSettings:
     shared_prefix: prompt tokens a pack's answers look back at, as a share of its tokens: their keys and values are copied.
     gradient_bytes: of the gradient that is reduced over data ranks; 4, fp32, is what this project trains with.
     keys_per_token: keys a token attends to on average; half a sequence where sequences are packed whole.
-    fused_gradients: products of the backward add to the fp32 gradient buffer themselves (apex or Transformer Engine kernels).
+    fused_gradients: products of the backward add to the fp32 gradient buffer themselves, as Transformer Engine's and apex's do.
     recompute_logits: the head's backward makes the logits again instead of keeping them, as objective/logprobs.py does.
     kept_logit_bytes: fp32 logits that it keeps all the same, at most.
     adapters: LoRA beside frozen weights; None: every weight is trained.
@@ -69,7 +69,7 @@ class TrainSettings:
     shared_prefix: float = 0.0
     gradient_bytes: int = FLOAT32_BYTES
     keys_per_token: float = 512.0
-    fused_gradients: bool = False
+    fused_gradients: bool = True
     recompute_logits: bool = True
     kept_logit_bytes: int = 128 * 2**20
     adapters: AdapterShape | None = None

@@ -109,7 +109,6 @@ def tuned_settings(run: Run) -> TrainSettings:
         precision=run.precision,
         keys_per_token=run.sequence / 2,
         gradient_bytes=2,
-        fused_gradients=True,
         recompute_logits=False,
         overlap_tensor=True,
         overlap_context=True,
@@ -132,6 +131,7 @@ def test_runs_without_overlap_and_fusion_are_met_within_20_percent(run: Run) -> 
         pack_tokens=run.sequence * sequences,
         micro_batches=run.batch // run.layout.data // sequences,
         keys_per_token=run.sequence / 2,
+        fused_gradients=False,
         recompute_logits=False,
         overlap_data=True,
     )
@@ -152,7 +152,6 @@ def test_a_mixture_of_128_experts_is_met_within_25_percent() -> None:
         precision="fp8-tensorwise",
         keys_per_token=2048,
         gradient_bytes=2,
-        fused_gradients=True,
         recompute_logits=False,
         overlap_data=True,
     )
