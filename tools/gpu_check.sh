@@ -35,8 +35,9 @@ fi
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     { echo "torch of $python sees no GPU: nothing here can run; the same checks without one are: make test" >&2; exit 2; }
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 SPIN_MEGATRON_GPU_RESULTS=$out/tests.jsonl
-# Found out now, not after minutes.
-"$python" -W ignore -c 'import megatron.core, pytest, pytest_timeout, transformers, safetensors, triton, spin_megatron.cli' ||
+# Found out now, not after minutes: what is missing, and a Transformer Engine that is there but does not load.
+"$python" -W ignore -c 'import importlib.util, megatron.core, pytest, pytest_timeout, transformers, safetensors, triton, spin_megatron.cli
+if importlib.util.find_spec("transformer_engine"): import transformer_engine.pytorch' ||
     { echo "$python lacks a package (above); tools/cuda_environment.sh makes an environment and wheels" >&2; exit 2; }
 # Products in one fixed order: the reference's bits must come again.
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 NVTE_ALLOW_NONDETERMINISTIC_ALGO=0

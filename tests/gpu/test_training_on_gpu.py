@@ -56,19 +56,20 @@ def skip_where_it_is_not_computed(precision: PrecisionName) -> None:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen3_moe"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_training_starts_at_margins_of_exactly_zero(
-    precision: PrecisionName, family: str, folders: dict[str, Path], record_property: Record
-) -> None:
+def train_from_zero(precision: PrecisionName, folder: Path, record_property: Record) -> None:
     skip_where_it_is_not_computed(precision)
-    steps = bodies.train_from_zero(folders[family], "cuda", precision)
+    steps = bodies.train_from_zero(folder, "cuda", precision)
     record_property("losses", json.dumps(steps.losses))
     record_property("first_margin", steps.margins[0])
     assert steps.margins[0] == 0.0
     assert steps.losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert all(steps.are_applied)
     assert steps.losses[-1] < steps.losses[0]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_training_starts_at_margins_of_exactly_zero(precision: PrecisionName, folders: dict[str, Path], record_property: Record) -> None:
+    train_from_zero(precision, folders["llama3"], record_property)
 
 
 def test_first_and_last_layers_in_bf16_start_at_zero_too(folders: dict[str, Path]) -> None:
@@ -153,3 +154,11 @@ def test_a_killed_run_goes_on_where_it_stopped(precision: PrecisionName, tmp_pat
     # third loss by 0.007 and a later one by 0.05 of 0.7. The third is the first after the checkpoint.
     assert found[2] == pytest.approx(expected[2], abs=0.02)
     assert found == pytest.approx(expected, abs=0.1)
+
+
+# The last: other kernels, and one that dies takes nothing along.
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_training_with_experts_starts_at_margins_of_exactly_zero_too(
+    precision: PrecisionName, folders: dict[str, Path], record_property: Record
+) -> None:
+    train_from_zero(precision, folders["qwen3_moe"], record_property)
