@@ -157,6 +157,7 @@ class TrainSection(Section):
     save_every_steps: int = Field(100, gt=0, description="the end of the stage saves in any case")
     keep_checkpoints: int = Field(2, gt=0, description="the newest ones")
     recompute: Literal["none", "selective", "full"] = Field("none", description="products made twice: none, the MLPs' or experts', all")
+    recompute_layers: int | None = Field(None, gt=0, description='with "full": only so many layers of each stage; absent: all')
     kept_logit_bytes: int = Field(128 * 2**20, ge=0, description="logits a rank keeps for the backward; the others are made twice")
     distributed_optimizer: bool = Field(True, description="each data rank keeps a part of the optimizer's state")
     max_skipped_steps: int = Field(5, gt=0, description="non-finite updates in a row after which the run stops")
@@ -169,7 +170,10 @@ class TrainSection(Section):
         return value
 
     @model_validator(mode="after")
-    def _check_bf16_layers(self) -> Self:
+    def _check_layers(self) -> Self:
+        if self.recompute_layers is not None and self.recompute != "full":
+            found = f'train.recompute_layers={self.recompute_layers} with train.recompute="{self.recompute}"'
+            raise ValueError(f'{found}: only "full" can be limited to some layers; use that, or leave train.recompute_layers out.')
         if self.num_bf16_end_layers and PRECISIONS[self.precision].fp8_recipe is None:
             found = f'train.num_bf16_end_layers={self.num_bf16_end_layers} with train.precision="{self.precision}"'
             raise ValueError(f"{found}: no layer is FP8 there; use 0, or an FP8 precision.")
@@ -263,10 +267,6 @@ class GuardSection(Section):
     max_logp_drop: float | None = Field(50.0, gt=0, description="nats, mean drop of log p(y) of a step's human answers since theta_t")
     max_margin: float | None = Field(20.0, gt=0, description="nats, beta times a step's mean margin; the loss is flat there")
 
-    def limits(self) -> dict[str, float | None]:
-        """The arguments of objective.guard.Limits."""
-        return self.model_dump(exclude={"on_excess", "window"})
-
 
 class LaunchSection(Section):
     """[launch]: processes on one machine."""
@@ -309,7 +309,8 @@ class SlurmSection(Section):
         return self.stages.get(stage, SlurmStageSection())
 
 
-OPERATIONAL = ("save_every_steps", "keep_checkpoints", "recompute", "kept_logit_bytes", "distributed_optimizer", "max_skipped_steps")
+_MEMORY = ("recompute", "recompute_layers", "kept_logit_bytes", "distributed_optimizer")
+OPERATIONAL = ("save_every_steps", "keep_checkpoints", "max_skipped_steps", *_MEMORY)
 PER_ITERATION = ("data.window", "objective.beta", "optimizer.learning_rate", "train.schedule_epochs", "train.stop_epoch")
 
 

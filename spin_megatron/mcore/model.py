@@ -147,6 +147,7 @@ def build_model(
     *,
     dtype: torch.dtype,
     recompute: Recompute = "none",
+    recompute_layers: int | None = None,
     kept_logit_bytes: int = KEPT_BYTES,
     fp8: Fp8 | None = None,
 ) -> list[SpinModel]:
@@ -155,6 +156,7 @@ def build_model(
     Args:
         recompute: "selective" computes MLPs (and experts) again in the backward, the largest activations at about a fifth more time;
             "full" whole layers. Attention's own softmax is never stored in any case.
+        recompute_layers: with "full", how many layers of each chunk, from its first on; None: all.
         kept_logit_bytes: logits that the head keeps between forward and backward; the others it computes twice, to the same bits.
         fp8: the recipe of the linear layers; dtype must be bfloat16 then.
 
@@ -176,7 +178,9 @@ def build_model(
         logger.info("precision: %s", dtype if fp8 is None else fp8)
         gradients = choose_weight_gradients(spec, runtime.device)
         logger.info("weight gradients: %s (%s)", gradients.maker, gradients.reason)
-    config = transformer_config(shape, runtime, dtype=dtype, recompute=recompute, spec=spec.kind, fp8=fp8)
+    config = transformer_config(
+        shape, runtime, dtype=dtype, recompute=recompute, recompute_layers=recompute_layers, spec=spec.kind, fp8=fp8
+    )
     layer, norm = layer_submodules(
         spec.kind, num_experts=shape.num_experts, qk_norm=shape.qk_norm, attention=attention, inv_freq=inverse_frequencies(shape)
     )
@@ -202,7 +206,14 @@ def build_model(
 
 
 def transformer_config(
-    shape: ModelShape, runtime: Runtime, *, dtype: torch.dtype, recompute: Recompute, spec: SpecKind, fp8: Fp8 | None = None
+    shape: ModelShape,
+    runtime: Runtime,
+    *,
+    dtype: torch.dtype,
+    recompute: Recompute,
+    spec: SpecKind,
+    recompute_layers: int | None = None,
+    fp8: Fp8 | None = None,
 ) -> TransformerConfig:
     """Megatron Core's settings for this model, layout and device. Dropout is off; fusions follow what is installed."""
     layout = runtime.layout
@@ -252,7 +263,7 @@ def transformer_config(
         persist_layer_norm=False,
         gradient_accumulation_fusion=choose_weight_gradients(LayerSpec(spec, ""), runtime.device).maker == "apex",
         **_expert_settings(shape, has_te=has_te, on_cuda=on_cuda),
-        **_recompute_settings(recompute, is_dense=is_dense),
+        **_recompute_settings(recompute, recompute_layers, is_dense=is_dense),
         **({} if fp8 is None else fp8.settings()),
     )
 
@@ -286,12 +297,15 @@ def _expert_settings(shape: ModelShape, *, has_te: bool, on_cuda: bool) -> dict[
     }
 
 
-def _recompute_settings(recompute: Recompute, *, is_dense: bool) -> dict[str, Any]:
+def _recompute_settings(recompute: Recompute, num_layers: int | None, *, is_dense: bool) -> dict[str, Any]:
     if recompute == "none":
         return {}
     if recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["mlp" if is_dense else "moe"]}
-    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    method = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    if num_layers is not None:
+        method = {"recompute_method": "block", "recompute_num_layers": num_layers}
+    return {"recompute_granularity": "full", **method}
 
 
 def load_huggingface(chunks: Sequence[SpinModel], folder: Path, shape: ModelShape, runtime: Runtime, *, show: bool) -> None:

@@ -167,6 +167,7 @@ def make_question(config: RunConfig, shape: ModelShape, gpu: Gpu, lengths: Lengt
         micro_batches=1,
         precision=precision,
         recompute=config.train.recompute,
+        recompute_layers=config.train.recompute_layers,
         kept_logit_bytes=config.train.kept_logit_bytes,
         optimizer=config.optimizer.name,
         distributed_optimizer=config.train.distributed_optimizer,

@@ -163,12 +163,17 @@ def try_layout(question: Question, layout: ParallelLayout, *, recompute: Recompu
     settings = with_workload(question.settings, question.workload, batch, share_prompt=question.share_prompt)
     worst: RankMemory | None = None
     for mode in RECOMPUTE_ORDER if recompute is None else (recompute,):
-        chosen = replace(settings, recompute=mode)
+        chosen = _with_recompute(settings, mode)
         worst = largest_rank(question.shape, layout, chosen)
         if worst.total <= usable_bytes(question.gpu):
             return Candidate(layout, chosen, batch, worst, step_time(question.shape, layout, chosen, question.gpu))
     assert worst is not None
     return Refusal(layout, "memory", memory_reason(worst, question.gpu, recompute or RECOMPUTE_ORDER[-1]))
+
+
+def _with_recompute(settings: TrainSettings, mode: Recompute) -> TrainSettings:
+    """The settings with a mode; train.recompute_layers belongs to the mode it was set with."""
+    return replace(settings, recompute=mode, recompute_layers=settings.recompute_layers if mode == settings.recompute else None)
 
 
 def _batch(question: Question, layout: ParallelLayout) -> Batch:
@@ -185,7 +190,7 @@ def by_recompute(question: Question, candidate: Candidate) -> list[Candidate]:
     """A candidate's layout in every recompute mode, whether it fits in it or not."""
     found = []
     for mode in RECOMPUTE_ORDER:
-        settings = replace(candidate.settings, recompute=mode)
+        settings = _with_recompute(candidate.settings, mode)
         memory = largest_rank(question.shape, candidate.layout, settings)
         step = step_time(question.shape, candidate.layout, settings, question.gpu)
         found.append(replace(candidate, settings=settings, memory=memory, step=step))
@@ -253,7 +258,9 @@ def best_with_offload(question: Question, num_gpus: int) -> Candidate | None:
 
 def describe(candidate: Candidate) -> str:
     """A candidate as the config fields that ask for it."""
-    return f"{_fields(candidate.layout)} train.recompute={candidate.settings.recompute}"
+    settings = candidate.settings
+    layers = "" if settings.recompute_layers is None else f" train.recompute_layers={settings.recompute_layers}"
+    return f"{_fields(candidate.layout)} train.recompute={settings.recompute}{layers}"
 
 
 def _fields(layout: ParallelLayout) -> str:

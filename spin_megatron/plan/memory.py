@@ -53,6 +53,7 @@ class TrainSettings:
     keys_per_token: keys a token attends to on average; half a sequence where sequences are packed whole.
     fused_gradients: products of the backward add to the fp32 gradient buffer themselves, as Transformer Engine's and apex's do.
     recompute_logits: the head's backward makes the logits again instead of keeping them, as objective/logprobs.py does.
+    recompute_layers: of each stage's layers those that are made again; None: all.
     kept_logit_bytes: fp32 logits that it keeps all the same, at most.
     adapters: LoRA beside frozen weights; None: every weight is trained.
     offload_fraction: share of the optimizer's state in the host's memory, updated there by host_threads a rank.
@@ -63,6 +64,7 @@ class TrainSettings:
     micro_batches: int
     precision: PrecisionName = "bf16"
     recompute: Recompute = "none"
+    recompute_layers: int | None = None
     optimizer: OptimizerName = "adamw"
     distributed_optimizer: bool = True
     head_rows: float = 1.0
@@ -278,6 +280,11 @@ def chunks_in_flight(layout: ParallelLayout, pipeline_rank: int, micro_batches: 
     return min(warm_up + 1, everything)
 
 
+def recomputed_share(settings: TrainSettings, layers_per_chunk: float) -> float:
+    """Share of the layers that train.recompute acts on; it counts them in each stage or virtual stage anew."""
+    return 1.0 if settings.recompute_layers is None else min(1.0, settings.recompute_layers / layers_per_chunk)
+
+
 def activation_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> int:
     """Activations of a rank at the peak: what the micro-batches in flight left, and the layer that is being recomputed."""
     element = settings.weight_bytes
@@ -285,7 +292,9 @@ def activation_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainS
     widths = layer_widths(shape, layout, settings)
     in_flight = chunks_in_flight(layout, pipeline_rank, settings.micro_batches)
     layers_per_chunk = layout.layers_of_rank(shape.num_layers, pipeline_rank) / layout.virtual_pipeline
-    kept = in_flight * layers_per_chunk * tokens * widths.token_bytes(element, settings.recompute)
+    share = recomputed_share(settings, layers_per_chunk)
+    a_layer = share * widths.token_bytes(element, settings.recompute) + (1 - share) * widths.token_bytes(element, "none")
+    kept = in_flight * layers_per_chunk * tokens * a_layer
     kept += tokens * widths.recomputed_bytes(element, settings.recompute)
     kept += gradient_bytes_beside_the_buffer(shape, layout, settings, pipeline_rank)
     kept += fp8_copy_bytes(shape, layout, settings, pipeline_rank)

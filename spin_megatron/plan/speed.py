@@ -15,6 +15,7 @@ from spin_megatron.plan.memory import (
     StateBytes,
     TrainSettings,
     expert_data_ranks,
+    recomputed_share,
     scheduled_batches,
     state_bytes,
     trained_parameters,
@@ -151,9 +152,11 @@ def layer_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSetting
         matrices = _held_matrix_elements(shape, layout)
         backward += matrices * UNFUSED_GRADIENT_BYTES / (gpu.memory_bandwidth * MEMORY_SHARE)
     # Selective: the MLP's products, half of the elementwise work and one of the two exchanges once more.
-    repeated = {"none": 0.0, "selective": mlp_products + elementwise / 2, "full": forward}[settings.recompute]
+    share = recomputed_share(settings, shape.num_layers / layout.pipeline / layout.virtual_pipeline)
+    repeated = share * {"none": 0.0, "selective": mlp_products + elementwise / 2, "full": forward}[settings.recompute]
     exchange, (gather, scatter) = _exchange_seconds(shape, layout, settings, gpu), _context_seconds(shape, layout, settings, gpu)
-    communication = _EXCHANGES[settings.recompute] * exchange + (1 + (settings.recompute == "full")) * gather + scatter
+    exchanges = _EXCHANGES["none"] + share * (_EXCHANGES[settings.recompute] - _EXCHANGES["none"])
+    communication = exchanges * exchange + (1 + share * (settings.recompute == "full")) * gather + scatter
     return PassTime(forward, backward + repeated, communication, exchange + gather)
 
 

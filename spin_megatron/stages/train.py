@@ -128,8 +128,15 @@ def _train(job: _Job) -> bool:
     context, runtime, config = job.context, job.runtime, job.context.config
     theta = context.layout.theta(context.iteration)
     shape = ModelShape.from_huggingface(theta)
-    recompute, kept_logit_bytes = config.train.recompute, config.train.kept_logit_bytes
-    chunks = build_model(shape, runtime, dtype=job.dtype, recompute=recompute, kept_logit_bytes=kept_logit_bytes, fp8=job.fp8)
+    chunks = build_model(
+        shape,
+        runtime,
+        dtype=job.dtype,
+        recompute=config.train.recompute,
+        recompute_layers=config.train.recompute_layers,
+        kept_logit_bytes=config.train.kept_logit_bytes,
+        fp8=job.fp8,
+    )
     load_huggingface(chunks, theta, shape, runtime, show=context.show)
     _add_adapters(job, chunks, shape)
     has_copies = runtime.layout.data * runtime.layout.context > 1
@@ -262,7 +269,8 @@ def _past_steps(context: StageContext, progress: Progress) -> list[dict[str, Any
 
 def _guard(context: StageContext, past: Sequence[dict[str, Any]]) -> Guard:
     settings, beta = context.config.guard, context.scalars.beta
-    return Guard(Limits(**settings.limits()), on_excess=settings.on_excess, window=settings.window, beta=beta, past=past)
+    limits = Limits(**settings.model_dump(exclude={"on_excess", "window"}))
+    return Guard(limits, on_excess=settings.on_excess, window=settings.window, beta=beta, past=past)
 
 
 def _step_plan(job: _Job, packed: PackedPairs) -> StepPlan:

@@ -160,6 +160,17 @@ def _kept(chunk: SpinModel, num_tokens: int, num_rows: int = 0) -> int:
     return sum(num_bytes for address, num_bytes in _storages(held).items() if address not in own)
 
 
+def test_only_the_layers_that_are_told_are_made_again() -> None:
+    shape = replace(TINY, num_layers=4)
+    kept = {}
+    with fake_rank(ParallelLayout(), 0, device="cpu") as runtime:
+        for layers in (1, 2, 3):
+            chunks = build_model(shape, runtime, dtype=torch.float32, recompute="full", recompute_layers=layers)
+            kept[layers] = _kept(chunks[0], 64)
+    # Neither none nor all: without the first goes a copy of the branches, with the last the rotary table, which all layers share.
+    assert kept[1] - kept[2] == kept[2] - kept[3] > 0
+
+
 def test_the_head_keeps_the_logits_it_is_told_to() -> None:
     with fake_rank(ParallelLayout(), 0, device="cpu") as runtime:
         nothing, everything = (

@@ -64,7 +64,9 @@ CASES = {
     "pp of four ranks": Case(ParallelLayout(pipeline=4), LLAMA, is_distributed=True),
     "pp of four ranks, uneven virtual stages": Case(DEEP_PIPELINE, DEEP),
     "pp, virtual stages, recomputed": Case(PIPELINED, LLAMA, is_distributed=True, recompute="full"),
-    "tp and pp": Case(ParallelLayout(tensor=2, pipeline=2), DENSE),
+    "tp and pp, one layer of a stage recomputed": Case(
+        ParallelLayout(tensor=2, pipeline=2), DENSE, recompute="full", recompute_layers=1
+    ),
     "pp, virtual stages, overlapped": Case(PIPELINED, LLAMA, is_distributed=True, overlap=True),
     "cp": Case(ParallelLayout(context=4), DENSE),
     "cp and dp, overlapped": Case(ParallelLayout(data=2, context=2), LLAMA, is_distributed=True, overlap=True),

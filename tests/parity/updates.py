@@ -59,10 +59,11 @@ def make_bench(
     overlap: bool = False,
     lora: Lora | None = None,
     recompute: Recompute = "none",
+    recompute_layers: int | None = None,
 ) -> Bench:
     """Load the model, score the reference and build the optimizer."""
     shape = ModelShape.from_huggingface(folder)
-    chunks = build_model(shape, runtime, dtype=dtype, recompute=recompute)
+    chunks = build_model(shape, runtime, dtype=dtype, recompute=recompute, recompute_layers=recompute_layers)
     load_huggingface(chunks, folder, shape, runtime, show=False)
     if lora is not None:
         add_adapters(chunks, lora, runtime)
@@ -131,11 +132,13 @@ class Case:
     is_distributed: bool = False
     overlap: bool = False
     recompute: Recompute = "none"
+    recompute_layers: int | None = None
 
 
 def _updates(subject: Subject, case: Case, runtime: Runtime) -> list[tuple[float, float]]:
     rule = replace(subject.rule, is_distributed=case.is_distributed)
-    bench = make_bench(subject.folder, rule, runtime, overlap=case.overlap, lora=subject.lora, recompute=case.recompute)
+    again = {"recompute": case.recompute, "recompute_layers": case.recompute_layers}
+    bench = make_bench(subject.folder, rule, runtime, overlap=case.overlap, lora=subject.lora, **again)
     return numbers_of(make_steps(bench, range(NUM_STEPS)))
 
 

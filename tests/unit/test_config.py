@@ -42,6 +42,7 @@ def test_stop_epoch_is_the_whole_schedule_unless_given(tmp_path: Path) -> None:
         ("train.precision=fp16", r"train\.precision: .*'fp32', 'bf16', 'fp8-blockwise', 'fp8-tensorwise' or 'mxfp8'"),
         ("train.precision=fp8-delayed", r'train\.precision="fp8-delayed": .*scales from earlier passes.*margins would not start at 0'),
         ("train.precision=fp8", r'train\.precision="fp8": it names no recipe; use "fp8-blockwise" on Hopper'),
+        ("train.recompute_layers=2", r'train\.recompute_layers=2 with train\.recompute="none": only "full" can be limited'),
         ("train.num_bf16_end_layers=1", r'train\.num_bf16_end_layers=1 with train\.precision="bf16": no layer is FP8 there'),
         ("train.global_batch_pairs=0", r"train\.global_batch_pairs: .*greater than 0"),
         ("train.global_batch_pairs=2.5", r"train\.global_batch_pairs"),

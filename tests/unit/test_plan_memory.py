@@ -126,6 +126,18 @@ def test_full_recompute_keeps_layer_inputs_and_one_layer() -> None:
     assert activation_bytes(SMALL, ParallelLayout(), settings, 0) == 4 * 128 * 64 * 2 + layer + embedded + dummies
 
 
+def test_layers_that_are_not_recomputed_keep_everything() -> None:
+    settings = TrainSettings(128, 1, recompute="full", recompute_layers=3, fused_gradients=True)
+    widths = layer_widths(SMALL, ParallelLayout(), settings)
+    everything, again = 128 * widths.token_bytes(2, "none"), 128 * 64 * 2
+    embedded = 128 * 64 * 2
+    assert activation_bytes(SMALL, ParallelLayout(), settings, 0) == 3 * again + everything + (everything - again) + embedded
+    # Two stages of two virtual stages have one layer each: all of them.
+    stages = ParallelLayout(pipeline=2, virtual_pipeline=2)
+    fewer, all_layers = (activation_bytes(SMALL, stages, replace(settings, recompute_layers=number), 0) for number in (3, None))
+    assert fewer == all_layers
+
+
 def test_recompute_never_takes_more() -> None:
     layout = ParallelLayout(tensor=2, pipeline=2, sequence=True)
     taken = [activation_bytes(LLAMA3_8B, layout, TrainSettings(4096, 8, recompute=mode), 0) for mode in ("none", "selective", "full")]  # type: ignore[arg-type]

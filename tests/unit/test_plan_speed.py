@@ -78,6 +78,8 @@ def test_full_recompute_adds_a_forward_and_selective_less() -> None:
     )
     assert full.backward == pytest.approx(none.backward + none.forward)
     assert none.backward < selective.backward < full.backward
+    a_quarter = layer_time(LLAMA3_70B, ParallelLayout(), replace(SETTINGS, recompute="full", recompute_layers=20), H100)
+    assert a_quarter.backward == pytest.approx(none.backward + none.forward / 4)
 
 
 def test_a_tiny_layer_is_bound_by_launches() -> None:

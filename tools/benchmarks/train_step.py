@@ -63,7 +63,8 @@ def our_side(work: dict[str, Any]) -> dict[str, Any]:
     ticks, losses = [], []
     with running(ParallelLayout(), device=work["device"], seed=0) as runtime:
         shape = ModelShape.from_huggingface(folder)
-        chunks = build_model(shape, runtime, dtype=dtype, recompute=work["recompute"])
+        mode, _, num_layers = work["recompute"].partition(":")
+        chunks = build_model(shape, runtime, dtype=dtype, recompute=mode, recompute_layers=int(num_layers) if num_layers else None)
         load_huggingface(chunks, folder, shape, runtime, show=False)
         scores = score_pairs(chunks, packed, [packed.packs], runtime)
         assert scores is not None
@@ -108,7 +109,9 @@ def sides_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     # The launcher gives ranks on a CPU tcmalloc where it is installed.
     own = {"allocator": "tcmalloc"} if allocator_variables() else {}
     for recompute in options.recompute:
-        sides[OURS if recompute == "none" else f"{OURS}, {recompute} recompute"] = {"recompute": recompute, **own}
+        mode, _, num_layers = recompute.partition(":")
+        name = f"{mode} recompute of {num_layers} layers" if num_layers else f"{mode} recompute"
+        sides[OURS if mode == "none" else f"{OURS}, {name}"] = {"recompute": recompute, **own}
     if options.glibc:
         sides[f"{OURS}, glibc's allocator"] = {"recompute": "none"}
     return sides
@@ -233,7 +236,7 @@ def _parse() -> argparse.Namespace:
     variants = ("gradient-checkpointing", "tcmalloc")
     parser.add_argument("--trl-variants", nargs="*", choices=variants, default=[], help="more rows, of one pair a batch")
     parser.add_argument("--trl-python", type=Path, default=Path(sys.executable), help="the interpreter that has TRL")
-    parser.add_argument("--recompute", nargs="+", choices=("none", "selective", "full"), default=["none"])
+    parser.add_argument("--recompute", nargs="+", default=["none"], help="rows of ours: none, selective, full, or full:N for N layers")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for MFU (H100: 989 in bf16)")
