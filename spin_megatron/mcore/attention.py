@@ -316,7 +316,7 @@ class _CpuFlash(torch.autograd.Function):
     def forward(
         ctx: Any, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, branches: list[Branch], scale: float, window: int | None
     ) -> Tensor:
-        context_TND = torch.zeros(query_TND.shape, dtype=query_TND.dtype, device=query_TND.device)
+        context_TND = _for_branches(query_TND, branches)
         lse_of_branches: list[Tensor] = []
         for branch in branches:
             own = slice(branch[2], branch[2] + branch[3])
@@ -330,19 +330,27 @@ class _CpuFlash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query_TND, key_TGD, value_TGD, context_TND, *lse_of_branches = ctx.saved_tensors
-        dquery_TND, dkey_TGD, dvalue_TGD = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (query_TND, key_TGD, value_TGD))
+        dquery_TND = _for_branches(query_TND, ctx.branches)
+        dkey_TGD, dvalue_TGD = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (key_TGD, value_TGD))
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
         for branch, lse_1NL in zip(ctx.branches, lse_of_branches, strict=True):
             own = slice(branch[2], branch[2] + branch[3])
             grad, query, context = (_heads_first(t[own]) for t in (grad_TND, query_TND, context_TND))
-            for keys, is_causal, mask in _parts(branch, ctx.window, query):
+            for number, (keys, is_causal, mask) in enumerate(_parts(branch, ctx.window, query)):
                 key, value = (_heads_first(_taken(tensor, keys)) for tensor in (key_TGD, value_TGD))
                 parts = backward(grad, query, key, value, context, lse_1NL, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
                 dquery, dkey, dvalue = (part.squeeze(0).transpose(0, 1) for part in parts)
-                dquery_TND[own] += dquery
+                dquery_TND[own] = dquery if number == 0 else dquery_TND[own].add_(dquery)
                 _add_back(dkey_TGD, keys, dkey)
                 _add_back(dvalue_TGD, keys, dvalue)
         return dquery_TND, dkey_TGD, dvalue_TGD, None, None, None
+
+
+def _for_branches(like_TND: Tensor, branches: list[Branch]) -> Tensor:
+    """Room for what every branch writes, 0 behind the last one (branches follow each other without a gap)."""
+    made = torch.empty(like_TND.shape, dtype=like_TND.dtype, device=like_TND.device)
+    made[branches[-1][2] + branches[-1][3] :].zero_()
+    return made
 
 
 def _flash_branch(

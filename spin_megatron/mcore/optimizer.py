@@ -142,6 +142,9 @@ def _follow(made: torch.optim.Optimizer, rule: UpdateRule) -> Any:
     if rule.offload_fraction:
         return over_shards(made, rule.offload_fraction, settings)
     if settings is None:
+        for group in made.param_groups:
+            if not any(parameter.is_cuda for parameter in group["params"]):
+                group["fused"] = True  # torch's one pass over weights, gradients and moments; it would make seven
         return made
     groups = [{name: value for name, value in group.items() if name not in made.defaults} for group in made.param_groups]
     return torch.optim.RMSprop(groups, **settings)
