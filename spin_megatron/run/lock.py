@@ -134,10 +134,9 @@ def _take(path: Path, owner: Owner, stale_seconds: float) -> bool:
 
 def _touch_until(path: Path, ended: threading.Event, every_seconds: float) -> None:
     while not ended.wait(every_seconds):
-        try:
+        # Whatever fails may not fail the next time: a file server was away, or another process looked at the lock (`_take`).
+        with contextlib.suppress(OSError):
             os.utime(path)
-        except FileNotFoundError:
-            return
 
 
 def _describe(owner: Owner | None) -> str:

@@ -46,6 +46,19 @@ def test_another_hosts_lock_is_stale_only_when_it_was_not_touched(tmp_path: Path
     assert not is_held(path, stale_seconds=60)
 
 
+def test_a_lock_that_could_not_be_touched_for_a_while_is_touched_again(tmp_path: Path) -> None:
+    path, away = tmp_path / "lock", tmp_path / "away"
+    with held(path, Owner.this_process(), what="train 0", stale_seconds=0.06):
+        os.rename(path, away)  # as `_take` does for a moment, or a file server for minutes
+        time.sleep(0.1)
+        os.utime(away, (0, 0))
+        os.rename(away, path)
+        deadline = time.monotonic() + 20
+        while path.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert path.stat().st_mtime > 0
+
+
 def test_an_earlier_life_of_the_same_job_is_over(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     earlier = replace(Owner.this_process("7_0", restart=0), host="elsewhere")
