@@ -133,8 +133,7 @@ def _run_stage(arguments: argparse.Namespace) -> int:
     ref = StageRef(arguments.verb, arguments.iteration, getattr(arguments, "shard", None))
     loop.require_in_line(config, ref)
     if not is_rank:
-        with Launcher() as launcher:
-            return loop.launch_stage(launcher, config, layout, ref)
+        return loop.run_alone(config, layout, ref)
     rank = int(os.environ["RANK"])
     signalled = _catch_stop_signals(polled=ref.name in _POLLING)
     names = (ref.name, made_in(ref), ref.shard)

@@ -8,7 +8,6 @@ a stage's module is imported when the stage runs.
 """
 
 import importlib
-import logging
 import shutil
 import socket
 import time
@@ -25,7 +24,6 @@ from spin_megatron.run.lock import Owner, held, is_held
 from spin_megatron.run.manifest import Manifest, OutputFile, StageIncomplete, StaleStage
 from spin_megatron.run.telemetry import progress_bar
 
-logger = logging.getLogger(__name__)
 State = Literal["done", "stale", "ready", "waiting"]
 
 # Ten missed touches of a lock (run/lock.py): a file server may be slow for a while.
@@ -330,8 +328,6 @@ def execute(
     manifest = manifests.read_manifest(folder)
     if manifest is not None:
         require_current(config, layout, ref, manifest)
-        if rank == 0:
-            logger.info("%s is done; to make it anew: %s", ref, ref.redo_command(layout))
         return True
     # The stamps first: files that change from here on are read again.
     stamps = _stamps(config) if ref.name == "prepare" else {}

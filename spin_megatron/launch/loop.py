@@ -209,6 +209,21 @@ def num_answered(config: RunConfig, layout: RunLayout, iteration: int) -> int:
     return sum(num_rows(path) for shard in shards for path in sorted(layout.shard(iteration, shard).glob("part_*.parquet")))
 
 
+def run_alone(config: RunConfig, layout: RunLayout, ref: StageRef) -> int:
+    """Run one stage on this machine, unless it is done; its exit code.
+
+    Raises:
+        StaleStage, ValueError: it was finished with other settings or inputs, or files of it are missing.
+    """
+    manifest = manifests.read_manifest(folder_of(layout, ref))
+    if manifest is not None:
+        require_current(config, layout, ref, manifest)
+        logger.info("%s is done; to make it anew: %s", ref, ref.redo_command(layout))
+        return DONE
+    with Launcher() as launcher:
+        return launch_stage(launcher, config, layout, ref)
+
+
 def launch_stage(
     launcher: Launcher,
     config: RunConfig,

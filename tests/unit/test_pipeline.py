@@ -18,6 +18,7 @@ import pytest
 from spin_megatron import pipeline
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
+from spin_megatron.launch import loop
 from spin_megatron.pipeline import (
     STAGES,
     StageRef,
@@ -148,18 +149,23 @@ def test_a_rule_of_stop_ends_the_run_after_the_iteration_that_fires_it(
     assert newest_theta(free, layout) == 3
 
 
-def test_a_rerun_runs_nothing_and_says_so(
-    config: RunConfig, layout: RunLayout, stage_runs: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(pipeline.logger, "info", lambda text, *values: told.append(text % values))
+def test_a_rerun_runs_nothing(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
     do_all(config, layout)
     assert stage_runs == [str(ref) for ref in line(config)]
     assert {state_of(config, layout, ref) for ref in line(config)} == {"done"}
-    assert told == []
     do_all(config, layout)
     assert len(stage_runs) == len(line(config))
-    assert told[3] == f"generate 0 shard 0 is done; to make it anew: spin-megatron run {str(layout.root)!r} --redo generate:0:0"
+
+
+def test_a_finished_stage_that_is_asked_for_by_hand_says_so_and_starts_no_process(
+    config: RunConfig, layout: RunLayout, stage_runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    do_all(config, layout)
+    told: list[str] = []
+    monkeypatch.setattr(loop.logger, "info", lambda text, *values: told.append(text % values))
+    assert loop.run_alone(config, layout, StageRef("generate", 0, 1)) == 0
+    assert told == [f"generate 0 shard 1 is done; to make it anew: spin-megatron run {str(layout.root)!r} --redo generate:0:1"]
+    assert not layout.logs("generate", 0, 1).exists()
 
 
 def test_a_stage_without_its_inputs_names_the_command_that_completes_them(
