@@ -123,9 +123,18 @@ def shape_on_this_machine(config: RunConfig) -> ModelShape | None:
     folder = Path(config.model.path)
     if folder.is_dir():
         return ModelShape.from_huggingface(folder)
-    cached = Path.home() / ".cache/huggingface/hub" / f"models--{config.model.path.replace('/', '--')}" / "snapshots"
+    cached = _hub_cache() / f"models--{config.model.path.replace('/', '--')}" / "snapshots"
     snapshots = sorted(cached.glob(f"{config.model.revision or '*'}/config.json"))
     return ModelShape.from_huggingface(snapshots[-1].parent) if snapshots else None
+
+
+def _hub_cache() -> Path:
+    """Where the hub's client keeps models (HF_HOME and its like count), or would, where it is not installed."""
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        return Path.home() / ".cache/huggingface/hub"
+    return Path(HF_HUB_CACHE)
 
 
 def lengths_of(config: RunConfig, arguments: argparse.Namespace) -> Lengths:

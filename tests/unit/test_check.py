@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spin_megatron.cli import main
-from tests.tiny_run import make_tiny_run
+from tests.tiny_run import make_tiny_run, spin_megatron
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -86,6 +86,16 @@ def test_a_wrong_setting_is_refused(changes: list[str], message: str, tiny_run: 
     options = [option for change in changes for option in ("--set", change)]
     assert main(["check", str(tiny_run), *options]) == 2
     assert message in errors(capsys)
+
+
+def test_a_hub_model_is_found_where_the_hub_s_client_keeps_it(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / COMMIT
+    shutil.copytree(tiny_run.parent / "model", snapshot)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    changes = ("--set", "model.path=org/model", "--set", f"model.revision={COMMIT}", "--set", "parallel.tensor=3")
+    checked = spin_megatron("check", tiny_run, *changes, timeout=60)
+    assert checked.returncode == 2
+    assert "parallel.tensor=3 does not divide model.num_heads=4" in checked.stderr
 
 
 def test_what_is_in_the_current_folder_alone_is_no_path(
