@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from spin_megatron.config import RunConfig
+from spin_megatron.config import DataSection, RunConfig
 from spin_megatron.data.leaks import length_statistics
 from spin_megatron.data.render import Limits, Remark, Rendered, Renderer
 from spin_megatron.data.selection import CleanExamples, Selection, clean, in_split_order, select
@@ -33,16 +33,7 @@ _BATCH_EXAMPLES = 256
 def run(context: StageContext) -> StageOutput:
     """Read, clean, order, render, split, report."""
     data, layout = context.config.data, context.layout
-    examples = load_examples(
-        data.source,
-        split=data.split,
-        subset=data.subset,
-        revision=data.revision,
-        row_format=data.format,
-        columns=data.columns.model_dump(exclude_none=True),
-        turns=data.turns,
-        show=context.show,
-    )
+    examples = _load(data, show=context.show)
     cleaned = clean(examples, deduplicate=data.deduplicate)
     ordered = in_split_order(cleaned.examples, context.config.run.seed)
     folder = layout.theta(0)
@@ -67,16 +58,7 @@ def preview(config: RunConfig) -> tuple[str, str]:
         ValueError: a row breaks, the tokenizer has no chat template, or none of the first rows can be used.
     """
     data, folder = config.data, model_folder(Path(config.model.path))
-    examples = load_examples(
-        data.source,
-        split=data.split,
-        subset=data.subset,
-        revision=data.revision,
-        row_format=data.format,
-        columns=data.columns.model_dump(exclude_none=True),
-        turns=data.turns,
-        limit=_BATCH_EXAMPLES,
-    )
+    examples = _load(data, limit=_BATCH_EXAMPLES)
     renderer = Renderer(folder, eos_ids=eos_token_ids(folder), system=data.system)
     limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.over_long)
     outcomes = renderer.render(clean(examples, deduplicate=data.deduplicate).examples, limits)
@@ -87,6 +69,20 @@ def preview(config: RunConfig) -> tuple[str, str]:
     raise ValueError(
         f"none of the first {len(examples)} rows of data.source={data.source} can be used ({', '.join(remarks) or 'all are empty'}); raise "
         "data.max_prompt_tokens and data.max_response_tokens, or look at the rows."
+    )
+
+
+def _load(data: DataSection, *, limit: int | None = None, show: bool = False) -> list[SftExample]:
+    return load_examples(
+        data.source,
+        split=data.split,
+        subset=data.subset,
+        revision=data.revision,
+        row_format=data.format,
+        columns=data.columns.model_dump(exclude_none=True),
+        turns=data.turns,
+        limit=limit,
+        show=show,
     )
 
 
