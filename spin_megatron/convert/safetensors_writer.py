@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,16 +61,32 @@ class PlannedFile:
         return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors)
 
 
-def plan_files(tensors: Sequence[PlannedTensor], max_file_bytes: int) -> tuple[PlannedFile, ...]:
-    """Group tensors, in the order given, into files of at most max_file_bytes (a larger tensor gets a file of its own)."""
-    groups: list[list[PlannedTensor]] = []
+class Sized(Protocol):
+    """What takes so many bytes of a file."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+SizedT = TypeVar("SizedT", bound=Sized)
+
+
+def into_files(items: Sequence[SizedT], max_file_bytes: int) -> list[list[SizedT]]:
+    """Group items, in the order given, into files of at most max_file_bytes (a larger item gets a file of its own)."""
+    groups: list[list[SizedT]] = []
     room = 0
-    for tensor in tensors:
-        if not groups or tensor.num_bytes > room:
+    for item in items:
+        if not groups or item.num_bytes > room:
             groups.append([])
             room = max_file_bytes
-        groups[-1].append(tensor)
-        room -= tensor.num_bytes
+        groups[-1].append(item)
+        room -= item.num_bytes
+    return groups
+
+
+def plan_files(tensors: Sequence[PlannedTensor], max_file_bytes: int) -> tuple[PlannedFile, ...]:
+    """Plan the files of `into_files`."""
+    groups = into_files(tensors, max_file_bytes)
     if len(groups) == 1:
         return (_planned_file(SINGLE_NAME, groups[0]),)
     return tuple(_planned_file(f"model-{n:05d}-of-{len(groups):05d}.safetensors", group) for n, group in enumerate(groups, 1))

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization.config import save as save_options
 
 from spin_megatron.convert.read_ahead import ahead
-from spin_megatron.convert.safetensors_writer import disk_full_is_named
+from spin_megatron.convert.safetensors_writer import disk_full_is_named, into_files
 from spin_megatron.run.manifest import write_json
 
 
@@ -71,7 +71,7 @@ class TorchDistWriter:
         self._folder = folder
         self._pieces = {(piece.key, piece.offsets): piece for piece in pieces}
         self._writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
-        plans = [SavePlan([_write_item(piece) for piece in group]) for group in _groups(pieces, max_file_bytes)]
+        plans = [SavePlan([_write_item(piece) for piece in group]) for group in into_files(pieces, max_file_bytes)]
         plans, self._index = create_default_global_save_plan(plans)
         plans = self._writer.prepare_global_plan(plans)
         # FileSystemWriter names a plan's only file by its prefix and 0.
@@ -153,18 +153,6 @@ def _write_item(piece: Piece) -> WriteItem:
     chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
     data = TensorWriteData(chunk, TensorProperties(dtype=piece.dtype), torch.Size(piece.shape))
     return WriteItem(MetadataIndex(piece.key, torch.Size(piece.offsets)), WriteItemType.SHARD, tensor_data=data)
-
-
-def _groups(pieces: Sequence[Piece], max_file_bytes: int) -> list[list[Piece]]:
-    groups: list[list[Piece]] = []
-    room = 0
-    for piece in pieces:
-        if not groups or piece.num_bytes > room:
-            groups.append([])
-            room = max_file_bytes
-        groups[-1].append(piece)
-        room -= piece.num_bytes
-    return groups
 
 
 def _alone(tensor: Tensor) -> Tensor:
