@@ -1,22 +1,30 @@
 """Bytes the planner names, against bytes that Megatron Core and autograd hold on CPU for a small model."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.pipeline_parallel import schedules
 
 from spin_megatron.mcore.lora import Lora, add_adapters
 from spin_megatron.mcore.model import SpinModel, build_model
 from spin_megatron.mcore.optimizer import UpdateRule, apply_gradients, build_trainer, clear_gradients, parts
 from spin_megatron.mcore.runtime import Runtime, running
+from spin_megatron.mcore.training import Objective, train_step
 from spin_megatron.plan.adapters import MODULES, AdapterShape
 from spin_megatron.plan.layouts import RECOMPUTE_ORDER
-from spin_megatron.plan.memory import OptimizerName, TrainSettings, layer_widths, state_bytes
+from spin_megatron.plan.memory import OptimizerName, TrainSettings, chunks_in_flight, layer_widths, state_bytes
 from spin_megatron.plan.precision import PrecisionName
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from tests.parity.fake_ranks import fake_rank
-from tests.parity.gloo import run_ranks
+from tests.parity.gloo import meeting_ports, run_ranks
+from tests.parity.tiny_models import make_tiny_model
+from tests.parity.updates import make_bench
 
 # Odd sizes, so that padding shows: norms of 72 and head_dim 12 are no multiples of 64, the vocabulary is prime.
 TINY = ModelShape("qwen3", 4, 72, 88, 6, 2, 12, 257, 64, 1e-6, 1e4, qk_norm=True)
@@ -118,6 +126,64 @@ def test_with_adapters_frozen_weights_are_all_there_is_of_the_base(
             assert [planned.weights, planned.gradients, planned.optimizer] == measured, rank
             whole = state_bytes(shape, layout, replace(settings, adapters=None), runtime.pipeline_rank, runtime.data_rank)
             assert planned.gradients + planned.optimizer < 0.3 * (whole.gradients + whole.optimizer)
+
+
+@contextmanager
+def waiting_chunks() -> Iterator[list[int]]:
+    """After each forward of Megatron Core's schedules, how many this rank has made and not yet gone back through."""
+    counts, waiting, forward, backward = [], 0, schedules.forward_step, schedules.backward_step
+
+    def counted_forward(*args: Any, **options: Any) -> Any:
+        nonlocal waiting
+        waiting += 1
+        counts.append(waiting)
+        return forward(*args, **options)
+
+    def counted_backward(*args: Any, **options: Any) -> Any:
+        nonlocal waiting
+        waiting -= 1
+        return backward(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(schedules, "forward_step", counted_forward)
+        patched.setattr(schedules, "backward_step", counted_backward)
+        yield counts
+    assert waiting == 0
+
+
+def most_waiting_chunks(folder: Path, layouts: list[ParallelLayout], num_packs: int, ports: list[int]) -> list[int]:
+    """Of this rank in an update, by layout."""
+    found = []
+    for layout, port in zip(layouts, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        with running(layout, device="cpu", seed=1) as runtime:
+            bench = make_bench(folder, UpdateRule("rmsprop"), runtime)
+            packs = bench.packed.packs[:num_packs]
+            batches, num_pairs = bench.batches(packs), sum(len(pack.pair_ids) for pack in packs)
+            with waiting_chunks() as counts:
+                train_step(
+                    bench.trainer, batches, bench.references, Objective("logistic", 0.1), runtime, num_pairs=num_pairs, learning_rate=1e-3
+                )
+            found.append(max(counts))
+    return found
+
+
+def test_planned_chunks_in_flight_are_those_of_megatron_cores_schedules(tmp_path: Path) -> None:
+    folder, num_packs = make_tiny_model("llama2", tmp_path, num_hidden_layers=8), 10
+    layouts = [
+        ParallelLayout(data=4),
+        ParallelLayout(pipeline=2, data=2, virtual_pipeline=4),
+        ParallelLayout(pipeline=4),
+        ParallelLayout(pipeline=4, virtual_pipeline=2),  # fills up to 12 packs
+    ]
+    with meeting_ports(len(layouts)) as ports:
+        found = run_ranks(most_waiting_chunks, 4, folder, layouts, num_packs, ports, timeout=240)
+    for layout, by_rank in zip(layouts, zip(*found, strict=True), strict=True):
+        micro_batches = -(-num_packs // layout.data)
+        # Megatron Core's order of ranks: pipeline outermost.
+        planned = [chunks_in_flight(layout, rank // layout.data, micro_batches) for rank in range(4)]
+        assert list(by_rank) == planned, layout
+    assert [by_layout[-2:] for by_layout in found] == [[4, 11], [3, 9], [2, 7], [1, 5]]
 
 
 def kept_for_backward(shape: ModelShape, layout: ParallelLayout, num_tokens: int, adapters: AdapterShape | None) -> dict[str, int]:
