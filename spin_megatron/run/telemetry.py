@@ -101,7 +101,7 @@ def _log_lines(description: str, total: int, done: int) -> Advance:
     def advance(amount: int = 1, note: str | None = None) -> None:
         state["done"] += amount
         now, moved, left = time.monotonic(), state["done"] - done, total - state["done"]
-        if left <= 0 or now - state["shown_at"] > 30:
+        if left <= 0 < left + amount or now - state["shown_at"] > 30:  # once when all is done, whatever is counted behind it
             state["shown_at"] = now
             notes = [f"{(now - started) / moved * left:.0f} s left"] if moved > 0 and left > 0 else []
             notes += [note] if note else []

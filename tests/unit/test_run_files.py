@@ -228,7 +228,7 @@ def test_without_a_terminal_a_long_message_stays_one_line(capsys: pytest.Capture
 
 def test_without_a_terminal_progress_is_logged_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    clock = iter([100.0, 110.0, 140.0, 150.0])
+    clock = iter([100.0, 110.0, 140.0, 150.0, 151.0])
     monkeypatch.setattr(telemetry.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(telemetry, "console", Console(file=io.StringIO()))
     monkeypatch.setattr(logging.getLogger("spin_megatron.progress"), "info", lambda text, *values: lines.append(text % values))
@@ -236,5 +236,6 @@ def test_without_a_terminal_progress_is_logged_with_the_time_left(monkeypatch: p
         advance(5)  # after 10 seconds: too soon for a line
         advance(15, "3/9 tensors, 0.50 GB/s")
         advance(60)
+        advance(0, "9/9 tensors, 0.50 GB/s")  # nothing is left to tell
     # 20 of 80 in 40 seconds leave 60 at the same rate: 120 seconds.
     assert lines == ["copy (MB): 40 of 100 (120 s left, 3/9 tensors, 0.50 GB/s)", "copy (MB): 100 of 100"]
