@@ -231,7 +231,13 @@ def torch_dist_to_hf(
             destination that holds something else.
         OSError: the disk is full.
     """
-    source = checkpoint / SOURCE_FOLDER if source is None else source
+    if source is None:
+        source = checkpoint / SOURCE_FOLDER
+        if not source.is_dir():
+            raise ValueError(
+                f"{checkpoint} is no torch_dist checkpoint that keeps the Hugging Face folder of its model, as conversions do; give one "
+                "that does, or name that folder with --model."
+            )
     shape, names = ModelShape.from_huggingface(source), source_dtypes(source)
     settings: dict[str, Any] = {"dtype": dtype, "max_file_bytes": max_file_bytes}
     if lora_alpha is None:

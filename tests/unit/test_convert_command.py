@@ -101,6 +101,7 @@ def test_bad_input_ends_with_code_2_and_one_line(tmp_path: Path, capsys: pytest.
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"x")
     assert main(["convert", "hf-to-megatron", str(tmp_path / "pickled"), str(tmp_path / "out")]) == 2
     assert main(["convert", "megatron-to-hf", str(tmp_path / "pickled"), str(tmp_path / "out")]) == 2
+    assert "is no torch_dist checkpoint that keeps the Hugging Face folder of its model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(["convert", "inspect", str(tmp_path / "nowhere")]) == 2
     with pytest.raises(SystemExit):
