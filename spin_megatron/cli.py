@@ -162,9 +162,10 @@ def _score(arguments: argparse.Namespace) -> int:
         code = launcher.launch(
             arguments.argv, world_size=arguments.tensor * arguments.pipeline, threads=_threads(), log_folder=Path(folder)
         )
-        if code != DONE:
+        if code not in (DONE, BAD_INPUT, INCOMPLETE):  # these rank 0 has explained
             for log_file in sorted(Path(folder).glob("attempt_*/rank_*.log")):
-                sys.stderr.write(f"--- {log_file.name}, last lines\n" + "".join(log_file.read_text().splitlines(keepends=True)[-20:]))
+                last_lines = log_file.read_text(encoding="utf-8").splitlines(keepends=True)[-20:]
+                sys.stderr.write(f"--- {log_file.name}, last lines\n" + "".join(last_lines))
         return code
 
 

@@ -103,5 +103,5 @@ def test_a_refused_line_exits_with_2_and_writes_nothing(tmp_path: Path) -> None:
     pairs.write_text('{"prompt_ids": [1], "response_ids": [259]}\n')
     finished = _score(folder, pairs, tmp_path / "scores.npz")
     assert finished.returncode == 2, finished.stderr
-    assert "has token 259" in finished.stderr
+    assert finished.stderr.count("has token 259") == 1, "said once, not again from each rank's log"
     assert not (tmp_path / "scores.npz").exists()

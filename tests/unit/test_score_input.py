@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from spin_megatron.cli import main
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.stages.score import read_sequences, write_scores
 
@@ -46,6 +47,13 @@ def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(ValueError, match=r"pairs\.jsonl" + message):
         read_sequences(path, SHAPE)
+
+
+def test_no_rank_at_all_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["score", "--model", "m", "--pairs", "p", "--out", "o", "--tensor", "0"])
+    assert caught.value.code == 2
+    assert "argument --tensor: 0 is less than 1" in capsys.readouterr().err
 
 
 def test_a_missing_and_an_empty_file_are_named(tmp_path: Path) -> None:
