@@ -79,8 +79,8 @@ def build_once(spec: EngineSpec, folder: Path, identity: Mapping[str, Any], make
 
 
 def _cache_folder(spec: EngineSpec, identity: Mapping[str, Any]) -> Path | None:
-    root = spec.options.get(CACHE_OPTION)
-    return None if root is None else Path(str(root)) / digest_values(dict(identity))
+    root = spec.options.get(CACHE_OPTION)  # "", the default that is listed, is no folder
+    return None if not root else Path(str(root)) / digest_values(dict(identity))
 
 
 def _store(folder: Path, cached: Path) -> None:

@@ -76,6 +76,13 @@ def test_an_engine_of_equal_weights_and_settings_comes_from_the_cache(model: Pat
     require_identity(second, identity_of(spec))
 
 
+def test_an_empty_cache_setting_is_no_cache(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert not build_once(make_spec(model, cache=""), tmp_path / "engine", identity_of(make_spec(model)), make)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "engine"]), "nothing in the current folder"
+
+
 @pytest.mark.parametrize("change", ["weights", "limits", "option", "version"])
 def test_the_cache_misses_when_anything_that_decides_the_engine_changes(change: str, model: Path, tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
