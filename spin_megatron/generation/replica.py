@@ -16,6 +16,8 @@ from spin_megatron.plan.hardware import Gpu, gpu_of_driver_name
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.records import PromptRow, read_all
 
+# Of a number, by generate.dtype.
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 # How a worker is run, not what the engine is.
 RUN_OPTIONS = frozenset({"free_gpu_memory_fraction", "in_flight", "no_progress_seconds"})
 
@@ -124,7 +126,14 @@ def longest_prompt(spec: EngineSpec) -> int:
 def planned_tensor_parallel(spec: EngineSpec, shape: ModelShape, gpu: Gpu) -> int:
     """The planner's number of GPUs, for requests of half the limits."""
     prompt_tokens, new_tokens = spec.max_prompt_tokens / 2, spec.max_new_tokens / 2
-    return replica_tensor(shape, gpu, prompt_tokens=prompt_tokens, new_tokens=new_tokens, max_batch=spec.batch_size)
+    return replica_tensor(
+        shape,
+        gpu,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        max_batch=spec.batch_size,
+        element_bytes=DTYPE_BYTES[spec.dtype],
+    )
 
 
 def replica_gpus(options: ReplicaOptions, spec: EngineSpec, gpu_name: str) -> int:

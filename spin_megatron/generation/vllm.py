@@ -13,6 +13,7 @@ from spin_megatron.generation.built import WORK_NAME, build_once, engine_identit
 from spin_megatron.generation.engine import Engine, EngineSpec, Environment, Provider
 from spin_megatron.generation.external import ExternalEngine, WorkerCommand
 from spin_megatron.generation.replica import (
+    DTYPE_BYTES,
     RUN_OPTIONS,
     Probed,
     ReplicaOptions,
@@ -27,9 +28,8 @@ from spin_megatron.plan.shape import ModelShape
 
 NAME = "vllm"
 _SCRIPT = Path(__file__).with_name("vllm_worker.py")
-# Tokens of a KV cache block on CPU, and bytes of a number.
+# Tokens of a KV cache block on CPU.
 _BLOCK_TOKENS = 128
-_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 # vllm/v1/attention/backends/cpu_attn.py of 0.32, get_supported_head_sizes; vLLM itself refuses others at the first request.
 _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -47,7 +47,7 @@ class VllmOptions(ReplicaOptions):
 def _kv_cache_bytes(spec: EngineSpec, max_seq_len: int) -> int:
     """Keys and values of a full batch, in whole blocks; a block more, since vLLM keeps one for itself."""
     shape = ModelShape.from_huggingface(spec.model)
-    token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * _DTYPE_BYTES[spec.dtype]
+    token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * DTYPE_BYTES[spec.dtype]
     return (spec.batch_size * ceil(max_seq_len / _BLOCK_TOKENS) + 1) * _BLOCK_TOKENS * token_bytes
 
 

@@ -76,6 +76,12 @@ def test_a_replica_has_the_gpus_it_is_told_or_the_planner_s(name: str, options: 
         assert provider(name).gpus(replace(spec, batch_size=64), "NVIDIA H200") == 2
 
 
+def test_a_replica_in_fp32_is_planned_with_weights_of_four_bytes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(LLAMA_70B.read_text())
+    spec = EngineSpec(tmp_path, "float32", batch_size=256, max_prompt_tokens=512, max_new_tokens=1024)
+    assert provider("vllm").gpus(spec, H100) == 8  # 282 GB; of 4 x 80 GB they would leave too little for keys and values
+
+
 def test_the_driver_s_names_are_known_to_the_planner() -> None:
     assert gpu_of_driver_name("NVIDIA A100-SXM4-40GB") == GPUS["a100-40gb"]
     assert gpu_of_driver_name("NVIDIA A100-SXM4-80GB") == GPUS["a100-80gb"]
