@@ -4,8 +4,8 @@
 # that goes on), and the benchmarks of the head and of a training step. tools/benchmarks has the longer ones.
 #
 #   tools/gpu_check.sh [OUT]                in the environment of tools/cuda_environment.sh: . DIR/activate first
-#   WHEELS=DIR tools/gpu_check.sh [OUT]     python3 with torch 2.11 for CUDA 13.0: unpacks DIR/*.whl beside it, without an index, and
-#                                           writes OUT/activate, for what comes after
+#   WHEELS=DIR tools/gpu_check.sh [OUT]     python3 with torch 2.11 for CUDA 13.0: unpacks DIR/*.whl into DIR/site, without an index, and
+#                                           writes DIR/activate, for what comes after
 #
 # OUT (default: gpu_check): summary.json (device, versions, outcome and numbers of each test, benchmarks), doctor.json, tests.jsonl (a line a
 # test, as they come), benchmarks/, log.txt. Each part has a process and a time limit of its own: one that fails, hangs or dies leaves the
@@ -22,15 +22,17 @@ say() { printf '\n== %s (%(%H:%M:%S)T)\n' "$1" -1; }
 
 if [[ -n ${WHEELS:-} ]]; then
     say "unpack $WHEELS beside this Python's torch"
+    wheels=$(cd "$WHEELS" && pwd)
     # Into a folder, not an environment of its own: made from a Python that is itself in one, that would not see its torch.
-    [[ -d $out/site ]] || "$python" -m pip --disable-pip-version-check install -q --no-index --no-deps --target "$out/site" "$WHEELS"/*.whl
+    [[ -d $wheels/site ]] ||
+        "$python" -m pip --disable-pip-version-check install -q --no-index --no-deps --target "$wheels/site" "$wheels"/*.whl
     libraries=$("$python" -c 'import nvidia, pathlib; print(next(path for path in nvidia.__path__ if pathlib.Path(path, "cudnn").is_dir()))')
-    cat >"$out/activate" <<END
-export PYTHONPATH="$out/site:$PWD\${PYTHONPATH:+:\$PYTHONPATH}"
+    cat >"$wheels/activate" <<END
+export PYTHONPATH="$wheels/site:$PWD\${PYTHONPATH:+:\$PYTHONPATH}"
 export LD_LIBRARY_PATH="$libraries/nccl/lib:$libraries/cudnn/lib:$libraries/cu13/lib\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
 END
     # shellcheck source=/dev/null
-    . "$out/activate"
+    . "$wheels/activate"
 fi
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     { echo "torch of $python sees no GPU: nothing here can run; the same checks without one are: make test" >&2; exit 2; }
