@@ -58,7 +58,7 @@ say "doctor"
 timeout 15 "$python" -W ignore -m spin_megatron.cli doctor || true
 timeout 15 "$python" -W ignore -m spin_megatron.cli doctor --json >"$out/doctor.json" || true
 # What everything else stands on first. A process each: after an illegal access CUDA answers no test of its process.
-for tests in 50:logprobs_cuda 70:policy_on_gpu 190:training_on_gpu; do
+for tests in 40:logprobs_cuda 65:policy_on_gpu 215:training_on_gpu; do
     part "${tests%%:*}" "${tests#*:}" pytest -v --tb short -p no:cacheprovider -m gpu --timeout 90 "tests/gpu/test_${tests#*:}.py"
 done
 part 40 "head" tools.benchmarks.head --device cuda --dtype bfloat16 --out "$out/benchmarks/head.json"
