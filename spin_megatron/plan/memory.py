@@ -181,8 +181,8 @@ def expert_data_ranks(layout: ParallelLayout) -> int:
 class LayerWidths:
     """Elements that one token leaves in one layer of one rank for the backward pass.
 
-    residual: inputs and outputs of both norms. attention: query, key, value and the attention's output.
-    mlp: output of the first projection and of the activation. statistics: fp32 log-sum-exps of the attention.
+    residual: inputs and outputs of both norms. attention: query, key, value and the attention's output, and what norms of heads read.
+    mlp: output of the first projection and of the activation. statistics: fp32 log-sum-exps of the attention, scales of norms of heads.
     checkpoint: the layer's input, all that full recompute keeps.
     """
 
@@ -213,8 +213,13 @@ def layer_widths(shape: ModelShape, layout: ParallelLayout, settings: TrainSetti
     """
     sequence_split = layout.tensor if layout.sequence else 1
     hidden = shape.hidden_size / sequence_split
-    key_value = 2 * shape.num_kv_heads * (layout.context + settings.shared_prefix)
+    kv_heads = max(shape.num_kv_heads, layout.tensor)  # shared by ranks where there are fewer
+    key_value = 2 * kv_heads * (layout.context + settings.shared_prefix)
     attention = (2 * shape.num_heads + key_value) * shape.head_dim / layout.tensor
+    statistics = shape.num_heads / layout.tensor
+    if shape.qk_norm:  # queries and keys before their norms, which TE's keep beside one number a head
+        heads = (shape.num_heads + kv_heads) / layout.tensor
+        attention, statistics = attention + heads * shape.head_dim, statistics + heads
     residual = 4 * hidden
     if shape.num_experts is None:
         mlp = 3 * shape.ffn_hidden_size / layout.tensor
@@ -226,7 +231,7 @@ def layer_widths(shape: ModelShape, layout: ParallelLayout, settings: TrainSetti
         attention += shape.num_heads * shape.head_dim / layout.tensor / 2
         if shape.num_experts is None:
             residual, mlp = 3 * hidden, 2.5 * shape.ffn_hidden_size / layout.tensor
-    widths = LayerWidths(residual, attention, mlp, shape.num_heads / layout.tensor, hidden)
+    widths = LayerWidths(residual, attention, mlp, statistics, hidden)
     return widths if settings.adapters is None else _adapted(widths, shape, layout, settings, settings.adapters)
 
 

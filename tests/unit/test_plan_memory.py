@@ -20,6 +20,8 @@ from spin_megatron.plan.memory import (
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 
 SMALL = ModelShape("llama", 4, 64, 96, 4, 2, 16, 256, 64, 1e-5, 1e4)
+# A dummy gradient of each kind of its matrices, in bf16: (64 + 2 x 32) x 64 of QKV, 64 x 64, 192 x 64 and 64 x 96.
+SMALL_DUMMIES = 2 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96)
 LLAMA3_8B = ModelShape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 1e-5, 5e5)
 MIXTRAL = ModelShape(
     "mixtral", 32, 4096, 14336, 32, 8, 128, 32000, 32768, 1e-5, 1e6, num_experts=8, experts_per_token=2, expert_ffn_hidden_size=14336
@@ -110,6 +112,11 @@ def test_a_layer_keeps_what_its_widths_say() -> None:
     assert widths.token_bytes(2, "none") == 2 * (256 + 192 + 288) + 4 * 4
     assert widths.token_bytes(2, "selective") == 2 * (256 + 192) + 4 * 4
     assert widths.token_bytes(2, "full") == 2 * 64
+    # Norms of heads: their 64 + 32 inputs, and a scale for each of 4 + 2 heads besides the 4 sums of the attention.
+    normed = layer_widths(replace(SMALL, qk_norm=True), ParallelLayout(), settings)
+    assert normed == replace(widths, attention=192 + 96, statistics=4 + 4 + 2)
+    # Two heads of keys over four ranks: one on each.
+    assert layer_widths(SMALL, ParallelLayout(tensor=4), settings).attention == 2 * 16 + 2 * 16
     split = layer_widths(SMALL, ParallelLayout(tensor=2, sequence=True), settings)
     assert (split.residual, split.attention, split.mlp) == (128, 96, 144)
     assert layer_widths(SMALL, ParallelLayout(tensor=2), settings).residual == 256
@@ -121,9 +128,7 @@ def test_full_recompute_keeps_layer_inputs_and_one_layer() -> None:
     widths = layer_widths(SMALL, ParallelLayout(), settings)
     embedded = 128 * 64 * 2
     layer = 128 * (widths.token_bytes(2, "none") - widths.token_bytes(2, "full"))
-    # A dummy gradient of each kind of matrix, in bf16: (64 + 2 x 32) x 64 of QKV, 64 x 64, 192 x 64 and 64 x 96.
-    dummies = 2 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96)
-    assert activation_bytes(SMALL, ParallelLayout(), settings, 0) == 4 * 128 * 64 * 2 + layer + embedded + dummies
+    assert activation_bytes(SMALL, ParallelLayout(), settings, 0) == 4 * 128 * 64 * 2 + layer + embedded + SMALL_DUMMIES
 
 
 def test_layers_that_are_not_recomputed_keep_everything() -> None:
@@ -131,7 +136,8 @@ def test_layers_that_are_not_recomputed_keep_everything() -> None:
     widths = layer_widths(SMALL, ParallelLayout(), settings)
     everything, again = 128 * widths.token_bytes(2, "none"), 128 * 64 * 2
     embedded = 128 * 64 * 2
-    assert activation_bytes(SMALL, ParallelLayout(), settings, 0) == 3 * again + everything + (everything - again) + embedded
+    kept = 3 * again + everything + (everything - again) + embedded
+    assert activation_bytes(SMALL, ParallelLayout(), settings, 0) == kept + SMALL_DUMMIES
     # Two stages of two virtual stages have one layer each: all of them.
     stages = ParallelLayout(pipeline=2, virtual_pipeline=2)
     fewer, all_layers = (activation_bytes(SMALL, stages, replace(settings, recompute_layers=number), 0) for number in (3, None))
