@@ -94,7 +94,10 @@ def main(argv: list[str] | None = None) -> int:
     logger.info("%s %s: element %s, restart %d, on %s", link, iteration, element.name, element.restart, socket.gethostname())
     if link == ADVANCE:
         return advance(config, layout, element)
-    ref = next(ref for ref in _refs(config, link, int(iteration)) if ref.shard in (None, element.task_id))
+    ref = next((ref for ref in _refs(config, link, int(iteration)) if ref.shard in (None, element.task_id)), None)
+    if ref is None:  # run.iterations was lowered while this job was waiting
+        logger.info("the run ends before %s %s by now; nothing to do", link, iteration)
+        return DONE
     return supervise(config, layout, ref, element)
 
 

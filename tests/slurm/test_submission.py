@@ -143,6 +143,16 @@ def test_while_jobs_are_under_way_the_run_s_end_may_change_and_their_resources_m
     assert (now.run.iterations, now.stop.max_logp_drop, now.slurm.signal_seconds) == (5, 9.0, config.slurm.signal_seconds)
 
 
+def test_a_job_of_an_iteration_that_the_run_no_longer_has_ends_well(
+    started: tuple[RunConfig, RunLayout, Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, layout, programs = started
+    manifests.write_text(layout.run_json, config.model_dump_json())
+    monkeypatch.setenv("SLURM_JOB_ID", "90")
+    assert supervise.main([str(layout.root), "train", "1"]) == 0
+    assert not programs.calls
+
+
 def test_the_second_slot_leaves_a_requeued_first_one_its_work_and_replaces_a_killed_one(
     started: tuple[RunConfig, RunLayout, Scripted],
 ) -> None:
