@@ -66,9 +66,9 @@ def build_parser(called: str | None = None) -> argparse.ArgumentParser:
     submit.set_defaults(handler=_lazy("spin_megatron.launch.slurm", "command"))
 
     status = verbs.add_parser("status", help="show what is done, running and missing")
-    status.add_argument("run_dir", type=Path)
+    status.add_argument("run_dir", type=Path, help="the folder of a started run")
     status.add_argument("--json", action="store_true", help="for programs")
-    status.add_argument("--watch", metavar="SECONDS", type=float, nargs="?", const=5.0, help="keep it live until the run is complete")
+    status.add_argument("--watch", metavar="SECONDS", type=float, nargs="?", const=5.0, help="keep it live till the run is done (5 s)")
     status.set_defaults(handler=_lazy("spin_megatron.report.status", "command"))
 
     settings = verbs.add_parser("settings", help="print a config with every setting at its default, and what each means")
@@ -76,7 +76,7 @@ def build_parser(called: str | None = None) -> argparse.ArgumentParser:
     settings.set_defaults(handler=_lazy("spin_megatron.report.settings", "command"))
 
     report = verbs.add_parser("report", help="draw the run's curves as pictures below RUN_DIR/report")
-    report.add_argument("run_dir", type=Path)
+    report.add_argument("run_dir", type=Path, help="the folder of a started run")
     report.set_defaults(handler=_lazy("spin_megatron.report.curves", "command"))
 
     for verb, text in _STAGE_VERBS.items():
