@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from spin_megatron.config import RunConfig, StageName, flat_settings
+from spin_megatron.config import OPERATIONAL, RunConfig, StageName, flat_settings
 from spin_megatron.config_file import apply_override, load_config, validate_config
 from spin_megatron.data.sources import FILE_TYPES, is_commit
 from spin_megatron.generation.engine import EXTERNAL, Environment, provider
@@ -27,7 +27,10 @@ from spin_megatron.run.telemetry import progress_bar
 logger = logging.getLogger(__name__)
 
 # A started run may be moved to another layout or machine, and go on for longer: these sections and settings decide how, not what.
-CHANGEABLE = ("run.iterations", "parallel", "launch", "slurm", "quality", "guard", "stop", "generate.environment")
+CHANGEABLE = (
+    *("run.iterations", "parallel", "launch", "slurm", "quality", "guard", "stop", "generate.environment"),
+    *(f"train.{name}" for name in OPERATIONAL),
+)
 BAR_SECONDS = 1.0
 _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped and saved its state"}
 
@@ -350,8 +353,8 @@ def _same_run(frozen: RunConfig, config: RunConfig, layout: RunLayout) -> RunCon
     changed: dict[str, Any] = {}
     for name in CHANGEABLE:
         section, _, key = name.partition(".")
-        given = getattr(config, section)
-        changed[section] = getattr(frozen, section).model_copy(update={key: getattr(given, key)}) if key else given
+        given, kept = getattr(config, section), changed.get(section, getattr(frozen, section))
+        changed[section] = kept.model_copy(update={key: getattr(given, key)}) if key else given
     return frozen.model_copy(update=changed)
 
 

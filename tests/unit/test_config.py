@@ -1,13 +1,14 @@
 """The config refuses what it should, by key, with the cure."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
-from spin_megatron.launch.loop import changes, open_run
-from spin_megatron.pipeline import StageRef, settings_of
+from spin_megatron.launch.loop import changes, open_or_start, open_run
+from spin_megatron.pipeline import STAGES, StageRef, settings_of
 from spin_megatron.run.layout import RunLayout
 
 MINIMAL = '[model]\npath = "org/model"\nrevision = "abc"\n[data]\nsource = "org/data"\nrevision = "def"\n[train]\npack_tokens = 4096\n'
@@ -119,6 +120,22 @@ def test_where_an_engine_is_started_may_change_in_a_started_run_and_its_engine_m
         assert settings_of(moved, ref) == settings_of(config, ref)
     with pytest.raises(ValueError, match="a started run keeps its settings"):
         open_run(tmp_path, ["generate.engine=builtin"])
+
+
+def test_what_training_takes_of_memory_and_time_may_change_in_a_started_run_and_makes_nothing_stale(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    config, layout = load_config(path), RunLayout(tmp_path)
+    layout.run_json.write_text(config.model_dump_json())
+    asked = ["train.recompute=full", "train.kept_logit_bytes=0", "train.save_every_steps=7", "train.keep_checkpoints=1"]
+    changed, _ = open_run(tmp_path, asked)
+    assert (changed.train.recompute, changed.train.kept_logit_bytes, changed.train.save_every_steps) == ("full", 0, 7)
+    # The same in the config file of a run that was started before.
+    assert open_or_start(Namespace(target=path, run_dir=tmp_path, overrides=asked))[0] == changed
+    assert open_run(tmp_path, changes(changed, layout))[0] == changed, "what a stage's process is told"
+    for stage in STAGES.keys() - {"benchmark"}:  # of which this run has none
+        assert settings_of(changed, StageRef(stage, 0, 0)) == settings_of(config, StageRef(stage, 0, 0))
+    with pytest.raises(ValueError, match="a started run keeps its settings"):
+        open_run(tmp_path, ["train.pack_tokens=8192"])
 
 
 def test_a_variable_of_the_environment_is_name_and_value(tmp_path: Path) -> None:
