@@ -10,7 +10,7 @@ Backends, chosen by `choose_backend` with a reason that is logged:
   Keys and values are neither copied nor repeated for grouped queries. SmolLM2's heads, three pairs of 690 tokens, one thread,
   forward and backward: 94 ms and 12 MiB kept; `sdpa` 105 ms and 18 MiB; Megatron Core's local attention under a block mask, which
   cannot share the prompt, 1588 ms and 219 MiB.
-- flash_attn, transformer_engine, torch_varlen: one variable-length call; keys of a prefix are gathered once a branch, and the
+- flash_attn, torch_varlen, transformer_engine: one variable-length call; keys of a prefix are gathered once a branch, and the
   bottom-right alignment of the causal mask lets every query see its whole prefix.
 - sdpa: torch's scaled_dot_product_attention branch by branch, for everything the others do not compute.
 
@@ -35,7 +35,7 @@ from spin_megatron.mcore.varlen import PlanCache, VarlenPlan, branch_keys, gathe
 
 BackendName = Literal["cpu_flash", "flash_attn", "transformer_engine", "torch_varlen", "sdpa"]
 Branch = tuple[int, int, int, int]
-_VARLEN: tuple[BackendName, ...] = ("flash_attn", "transformer_engine", "torch_varlen")
+_VARLEN: tuple[BackendName, ...] = ("flash_attn", "torch_varlen", "transformer_engine")
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,26 @@ def choose_backend(device: torch.device, dtype: torch.dtype, *, head_dim: int, s
         return Backend("sdpa", f"variable-length kernels need a head size that is a multiple of 8 and at most 256, not {head_dim}")
     if is_installed("flash_attn"):
         return Backend("flash_attn", "flash-attn is installed")
+    # Transformer Engine last: cuDNN's deterministic backward on Hopper wants a workspace of pack x heads x longest query x longest keys,
+    # hundreds of GB for a pack of 8192 (cudnn-frontend #398; above 2**30 Transformer Engine 2.20 makes the scores instead), and a plan of
+    # its own for each pack's longest branches. Torch's kernel asks for neither.
+    lack = _lack_of_torch(sliding_window)
+    if lack is None:
+        return Backend("torch_varlen", "torch's varlen_attn; flash-attn is not installed")
     if is_installed("transformer_engine"):
-        return Backend("transformer_engine", "Transformer Engine is installed, flash-attn is not")
-    return _torch_varlen_or_sdpa(sliding_window)
+        return Backend("transformer_engine", f"Transformer Engine is installed, no flash-attn, and {lack}")
+    return Backend("sdpa", f"no flash-attn, no Transformer Engine, and {lack}")
 
 
-def _torch_varlen_or_sdpa(sliding_window: int | None) -> Backend:
+def _lack_of_torch(sliding_window: int | None) -> str | None:
+    """Why torch's variable-length attention does not compute this; None where it does."""
     if not is_installed("torch.nn.attention.varlen"):
-        return Backend("sdpa", f"no flash-attn, no Transformer Engine, and torch {torch.__version__} has no varlen_attn")
+        return f"torch {torch.__version__} has no varlen_attn"
     from torch.nn.attention.varlen import varlen_attn
 
     if sliding_window is not None and "window_size" not in inspect.signature(varlen_attn).parameters:
-        return Backend("sdpa", f"no flash-attn, no Transformer Engine, and varlen_attn of torch {torch.__version__} has no sliding window")
-    return Backend("torch_varlen", "torch's varlen_attn; neither flash-attn nor Transformer Engine is installed")
+        return f"varlen_attn of torch {torch.__version__} has no sliding window"
+    return None
 
 
 def is_installed(module: str) -> bool:

@@ -147,8 +147,8 @@ def test_the_backend_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -
     everything = {"flash_attn", "transformer_engine", "torch.nn.attention.varlen"}
     assert choose_backend(torch.device("cpu"), torch.float32, head_dim=64, sliding_window=8).name == "cpu_flash"
     assert reason(torch.bfloat16, everything) == ("flash_attn", "flash-attn is installed")
-    assert reason(torch.bfloat16, everything - {"flash_attn"})[0] == "transformer_engine"
-    assert reason(torch.bfloat16, {"torch.nn.attention.varlen"})[0] == "torch_varlen"
+    assert reason(torch.bfloat16, everything - {"flash_attn"})[0] == "torch_varlen"
+    assert reason(torch.bfloat16, {"transformer_engine"})[0] == "transformer_engine"
     assert reason(torch.bfloat16, set())[0] == "sdpa"
     assert reason(torch.float32, everything) == ("sdpa", "variable-length kernels compute bfloat16 and float16, not torch.float32")
     assert reason(torch.bfloat16, everything, head_dim=320)[1].endswith("at most 256, not 320")
