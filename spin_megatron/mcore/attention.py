@@ -118,7 +118,6 @@ class BranchAttention(torch.nn.Module):
         self.layer_number = layer_number
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.window: int | None = None if config.window_size is None else config.window_size[0] + 1
-        self.deterministic = bool(config.deterministic_mode)
         self.backend = backend
         self.plans = plans
         self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
@@ -191,9 +190,7 @@ class BranchAttention(torch.nn.Module):
 
     def _varlen_kernel(self, plan: VarlenPlan) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         if self.backend.name == "flash_attn":
-            return lambda query, key, value: _flash_attn(
-                query, key, value, plan, scale=self.scale, window=self.window, deterministic=self.deterministic
-            )
+            return lambda query, key, value: _flash_attn(query, key, value, plan, scale=self.scale, window=self.window)
         if self.backend.name == "transformer_engine":
             return lambda query, key, value: self._transformer_engine(query, key, value, plan)
         return lambda query, key, value: _torch_varlen(query, key, value, plan, scale=self.scale, window=self.window)
@@ -235,9 +232,7 @@ def _window_pair(window: int | None) -> tuple[int, int]:
     return (-1 if window is None else window - 1, 0)
 
 
-def _flash_attn(
-    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, *, scale: float, window: int | None, deterministic: bool
-) -> Tensor:
+def _flash_attn(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, *, scale: float, window: int | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     context: Tensor = flash_attn_varlen_func(
@@ -251,7 +246,7 @@ def _flash_attn(
         softmax_scale=scale,
         causal=True,
         window_size=_window_pair(window) if window is not None else (-1, -1),
-        deterministic=deterministic,
+        deterministic=True,
     )
     return context
 
@@ -269,7 +264,25 @@ def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, *
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     context = varlen_attn(query, key, value, plan.cu_queries_B1, plan.cu_keys_B1, plan.max_queries, plan.max_keys, **options)
     assert isinstance(context, Tensor)  # a tuple only where auxiliary outputs are asked for
+    if context.grad_fn is not None:
+        _add_in_one_order(context.grad_fn)
     return context
+
+
+def _add_in_one_order(node: Any) -> None:
+    """Let a node's backward run as under torch.use_deterministic_algorithms, which is all that makes torch's flash kernel add the queries'
+    gradients of a branch in one order. A pack has more branches and heads than a GPU has processors, so none of them waits for that."""
+    was_on: list[bool] = []
+
+    def begin(_grad_outputs: Any) -> None:
+        was_on.append(torch.are_deterministic_algorithms_enabled())
+        torch.use_deterministic_algorithms(mode=True)
+
+    def end(_grad_inputs: Any, _grad_outputs: Any) -> None:
+        torch.use_deterministic_algorithms(was_on.pop())
+
+    node.register_prehook(begin)
+    node.register_hook(end)
 
 
 def attend_by_branch(

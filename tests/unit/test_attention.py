@@ -6,10 +6,12 @@ import itertools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spin_megatron.mcore import attention as attention_module
 from spin_megatron.mcore.attention import Backend, BackendName, BranchAttention, choose_backend
@@ -26,7 +28,6 @@ def _attention(backend: BackendName, window: int | None = None) -> BranchAttenti
         attention_dropout=0.0,
         kv_channels=HEAD_DIM,
         window_size=None if window is None else (window - 1, 0),
-        deterministic_mode=False,
     )
     return BranchAttention(config, 1, None, "self", backend=Backend(backend, "test"), plans=PlanCache())
 
@@ -152,6 +153,28 @@ def test_the_backend_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -
     assert reason(torch.bfloat16, set())[0] == "sdpa"
     assert reason(torch.float32, everything) == ("sdpa", "variable-length kernels compute bfloat16 and float16, not torch.float32")
     assert reason(torch.bfloat16, everything, head_dim=320)[1].endswith("at most 256, not 320")
+
+
+def test_the_backward_of_torch_varlen_alone_adds_in_one_order() -> None:
+    pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen_attn")
+    found: dict[str, bool] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found[str(operator)] = torch.are_deterministic_algorithms_enabled()
+            return operator(*args, **(kwargs or {}))
+
+    # The real operators, which on the meta device compute nothing.
+    shapes = [(10, 8, 16), (12, 2, 16), (12, 2, 16)]
+    query, key, value = (torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape in shapes)
+    sums_B1 = torch.empty(3, dtype=torch.int32, device="meta")
+    plan = VarlenPlan(sums_B1, sums_B1, max_queries=5, max_keys=6, used=10, keys=None)
+    context = attention_module._torch_varlen(query * 2, key, value, plan, scale=0.25, window=None)
+    with Watch():
+        context.sum().backward()
+    assert found["torch_attn._varlen_attn_backward.default"]
+    assert not found["aten.mul.Tensor"]  # of the queries, after it
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(("window", "pair"), [(None, (-1, 0)), (5, (4, 0))])
