@@ -30,6 +30,10 @@ _STAGE_VERBS = {
 }
 # Stages that poll for a stop request; the others are short, start over, and simply end on SIGTERM.
 _POLLING = ("generate", "train")
+_OUT_OF_MEMORY = (
+    "The GPU's memory does not suffice. Training takes less of it with train.recompute=full, train.kept_logit_bytes=0 or more ranks in "
+    "[parallel], which a started run may change with --set; `spin-megatron plan` shows what fits."
+)
 # Verbs whose options stand beside their code (`add_parser`), which is imported only for the verb that is called.
 _OTHER_VERBS = {
     "score": ("spin_megatron.stages.score", "log-probabilities of given pairs under a Hugging Face model"),
@@ -215,8 +219,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DEFECT
         logger.error("The disk is full (%s). Free space, then run the same command again: it goes on from the last whole file.", error)
         return INCOMPLETE
-    except Exception:
+    except KeyboardInterrupt:  # of what runs in this process; a stage's ranks are asked to save first
+        logger.error("stopped by Ctrl-C")
+        return STOPPED
+    except Exception as error:
         logger.exception("failed")
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here; the last line is what `status` shows
+            logger.error("%s", _OUT_OF_MEMORY)
         return DEFECT
 
 
