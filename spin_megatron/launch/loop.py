@@ -32,7 +32,7 @@ CHANGEABLE = (
     *(f"train.{name}" for name in OPERATIONAL),
 )
 BAR_SECONDS = 1.0
-_OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped and saved its state"}
+_OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped, and the same command goes on with it"}
 
 
 def check(arguments: argparse.Namespace) -> int:
