@@ -151,7 +151,9 @@ def _run_stage(arguments: argparse.Namespace) -> int:
         heartbeat.parent.mkdir(parents=True, exist_ok=True)
         stop_requested()
     owner, wait_seconds = slurm_owner()
-    done = execute(config, layout, ref, rank=rank, stop_requested=stop_requested, owner=owner, wait_seconds=wait_seconds)
+    # All ranks follow rank 0's answer; asked of each, it would be two calls a step and rank to a shared file system.
+    asked = stop_requested if rank == 0 else lambda: False
+    done = execute(config, layout, ref, rank=rank, stop_requested=asked, owner=owner, wait_seconds=wait_seconds)
     return DONE if done else STOPPED
 
 

@@ -54,7 +54,7 @@ class ColumnNames(Section):
 class DataSection(Section):
     """[data]: the supervised set and how it becomes prompts and human answers."""
 
-    source: str = Field(description="a .jsonl or .parquet file or a folder of them (relative to the config file), or a hub name")
+    source: str = Field(description="a .jsonl, .json or .parquet file or a folder of them (relative to the config file), or a hub name")
     subset: str | None = Field(None, description="the hub's configuration name")
     split: str = Field("train", description="of a hub's data set")
     revision: str | None = Field(None, description="hub commit; required for a hub name")

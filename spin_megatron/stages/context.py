@@ -14,9 +14,9 @@ class StageContext:
     """The input of `run(context)` of every stage.
 
     iteration: t; for the export of the base model and for prepare it is 0.
-    shard: k for generate, else None.
+    shard: k for generate, the task's number for benchmark, else None.
     show: whether this process draws progress bars (rank 0).
-    stop_requested: true once the run was asked to save and leave; poll it between steps, on rank 0.
+    stop_requested: true once the run was asked to save and leave; poll it between steps. Only rank 0's answer says so: hand it to all.
     """
 
     config: RunConfig
