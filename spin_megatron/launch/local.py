@@ -34,11 +34,11 @@ MEETING_SOCKET = "SPIN_MEGATRON_MEETING_SOCKET"
 class Launcher:
     """Starts stages and, inside `with`, passes a stop on to every rank that runs; enter it in the main thread.
 
-    Once SIGTERM or SIGINT came, nothing new is started.
+    Once SIGTERM or SIGINT came, nothing new is started. A second SIGINT ends the ranks where they are.
     """
 
     def __init__(self) -> None:
-        self._stop_requested = threading.Event()
+        self._stop_requested, self._end_requested = threading.Event(), threading.Event()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._previous: dict[int, Any] = {}
 
@@ -56,9 +56,13 @@ class Launcher:
             signal.signal(number, handler)
         _signal_all(self._processes, signal.SIGKILL)
 
-    def _stop(self, _number: int, _frame: object) -> None:
+    def _stop(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.is_stopping():
+            self._end_requested.set()
+        elif number == signal.SIGINT:
+            logger.info("stopping: what runs saves and leaves; Ctrl-C again ends it at once, and what is not saved is made again")
         self._stop_requested.set()
-        _signal_all(self._processes, signal.SIGTERM)
+        _signal_all(self._processes, signal.SIGKILL if self._end_requested.is_set() else signal.SIGTERM)
 
     def launch(
         self,
@@ -106,7 +110,7 @@ class Launcher:
         meeting.close()
         if self.is_stopping():  # the signal came between the two lines above
             _signal_all(ranks, signal.SIGTERM)
-        return _wait(ranks)
+        return _wait(ranks, self._end_requested)
 
 
 def end_with_parent() -> None:
@@ -156,7 +160,7 @@ def new_attempt(log_folder: Path) -> Path:
     return attempt
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], end_requested: threading.Event) -> int:
     """Wait for all; once one has failed, give the others GRACE_SECONDS to end by themselves, then end them."""
     first_failure: int | None = None
     deadline = 0.0
@@ -169,6 +173,8 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
         time.sleep(POLL_SECONDS)
     if first_failure is None:
         first_failure = next((code for code in codes if code), DONE)
+    if end_requested.is_set():
+        return STOPPED
     if first_failure < 0:
         logger.error("a rank was killed by signal %d%s", -first_failure, " (out of memory?)" if first_failure == -signal.SIGKILL else "")
         first_failure = STOPPED if first_failure in (-signal.SIGTERM, -signal.SIGINT) else FAILED

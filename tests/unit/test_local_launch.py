@@ -143,6 +143,24 @@ def test_a_stop_reaches_every_rank_and_is_reported_as_75(tmp_path: Path, number:
     assert process.wait(timeout=30) == 75
 
 
+def test_a_second_ctrl_c_ends_ranks_that_do_not_leave(tmp_path: Path) -> None:
+    body = """
+    signal.signal(signal.SIGTERM, lambda *_: (out / f"asked{rank}").touch())
+    (out / f"up{rank}").touch()
+    while True:
+        time.sleep(0.05)
+    """
+    process = start_launcher(tmp_path, body)
+    process.send_signal(signal.SIGINT)
+    for _ in range(200):
+        if (tmp_path / "asked0").exists() and (tmp_path / "asked1").exists():
+            break
+        time.sleep(0.05)
+    assert process.poll() is None, "they were asked to leave, not ended"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 75
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="parent-death signals are Linux's")
 def test_killing_the_launcher_leaves_no_orphan(tmp_path: Path) -> None:
     body = "(out / f'pid{rank}').write_text(str(os.getpid()))\n(out / f'up{rank}').touch()\ntime.sleep(60)"
