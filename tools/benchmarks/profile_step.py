@@ -66,7 +66,9 @@ def plain_model(shape: ModelShape, runtime: Runtime) -> list[SpinModel]:
     config.use_te_activation_func = False
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     submodules = TransformerBlockSubmodules(layer_specs=[layer] * shape.num_layers, layer_norm=WrappedTorchNorm)
-    return [PlainModel(config, shape, submodules, pre_process=True, post_process=True, pg_collection=runtime.groups.megatron)]
+    model = PlainModel(config, shape, submodules, pre_process=True, post_process=True, pg_collection=runtime.groups.megatron)
+    del model.embedding.word_embeddings.forward  # SpinModel's, which leaves the gradient of a weight that it shares to this project's head
+    return [model]
 
 
 def plain_sums(model: Any, pair: SpinPair) -> Tensor:

@@ -55,11 +55,14 @@ def summary() -> str:
     for model in ("smollm2-135m", "tiny"):
         report = result(f"train_step_{model}_cpu")
         rows, trl = report["methods"], f"TRL {report['versions']['trl']}"
-        peer = max((name for name in rows if not name.startswith(train_step.OURS)), key=lambda name: float(rows[name]["speed_ratio"]))
         ours = rows[train_step.OURS]
-        cells = [f"{row['pairs_per_second']:.3g} pairs/s, {row['peak_bytes'] / 2**30:.1f} GiB" for row in (rows[peer], ours)]
-        ratio = f"{ours['speed_ratio']:.2f}x pairs/s, {ours['memory_ratio']:.2f}x memory"
-        lines.append(f"| train step, {model}, fp32 | {peer.replace('TRL', trl, 1)}: {cells[0]} | {cells[1]} | {ratio} |")
+        for peer in (train_step.fastest_peer(rows, with_tcmalloc=has_tcmalloc) for has_tcmalloc in (False, True)):
+            if peer is None:
+                continue
+            cells = [f"{row['pairs_per_second']:.3g} pairs/s, {row['peak_bytes'] / 2**30:.2f} GiB" for row in (rows[peer], ours)]
+            ratios = [ours[number] / rows[peer][number] for number in ("pairs_per_second", "peak_bytes")]
+            ratio = f"{ratios[0]:.2f}x pairs/s, {ratios[1]:.2f}x memory"
+            lines.append(f"| train step, {model}, fp32 | {peer.replace('TRL', trl, 1)}: {cells[0]} | {cells[1]} | {ratio} |")
     for name in sorted(path.stem for path in RESULTS.glob("generate_*.json")):
         report = result(name)
         row = report["methods"]["sampled"]

@@ -165,7 +165,7 @@ def tokens_of(work: dict[str, Any]) -> dict[str, int]:
 
 
 def summarise(found: dict[str, list[dict[str, Any]]], work: dict[str, Any]) -> dict[str, Any]:
-    """A row a side: medians over rounds and steps, the first step left out; ratios to the fastest TRL side."""
+    """A row a side: medians over rounds and steps, the first step left out; ratios to the fastest TRL side as its user starts it."""
     pairs, flops = work["pairs"], needed_flops(work["pairs"], Path(work["model"]))
     real_tokens = tokens_of(work)["real"]
     rows: dict[str, dict[str, Any]] = {}
@@ -180,13 +180,18 @@ def summarise(found: dict[str, list[dict[str, Any]]], work: dict[str, Any]) -> d
             "needed_flops_per_second": flops / seconds,
             "losses": outcomes[0]["losses"],
         }
-    peers = [name for name in rows if not name.startswith(OURS)]
-    if peers:
-        best = max(peers, key=lambda name: float(rows[name]["pairs_per_second"]))
+    best = fastest_peer(rows, with_tcmalloc=False)
+    if best is not None:
         for row in rows.values():
             row["speed_ratio"] = row["pairs_per_second"] / rows[best]["pairs_per_second"]
             row["memory_ratio"] = row["peak_bytes"] / rows[best]["peak_bytes"]
     return rows
+
+
+def fastest_peer(rows: dict[str, dict[str, Any]], *, with_tcmalloc: bool) -> str | None:
+    """The fastest TRL side, as its user starts it or with tcmalloc; None where no such side was run."""
+    peers = [name for name in rows if not name.startswith(OURS) and name.endswith(", tcmalloc") == with_tcmalloc]
+    return max(peers, key=lambda name: float(rows[name]["pairs_per_second"]), default=None)
 
 
 def disagreement(found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
