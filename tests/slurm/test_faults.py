@@ -274,7 +274,8 @@ def test_a_full_disk_and_a_read_only_log_folder_end_the_jobs_and_spoil_nothing(
     assert not any(run.is_done(ref) for ref in SHARDS)
 
     # The disk fills while a shard runs: its jobs end; once there is room it is submitted again.
-    run.submit("--set", "slurm.max_failures=1")
+    # What a submission sets holds for the next ones too, so this one gives it back.
+    run.submit("--set", "slurm.max_failures=1", "--set", "slurm.options=[]")
     run.wait_for_ranks(SHARDS[0])
     filler = small_disk.root.parent / "filler"
     with open(filler, "wb", buffering=0) as handle, pytest.raises(OSError, match="No space left"):
@@ -287,7 +288,7 @@ def test_a_full_disk_and_a_read_only_log_folder_end_the_jobs_and_spoil_nothing(
     assert reason is not None
     assert "generate 0 shard" in reason
     assert "disk is full" in reason
-    run.submit()
+    run.submit("--set", "slurm.max_failures=3")
 
     run.finish()
     assert_same_result(run.layout, undisturbed, iterations=1)
