@@ -26,8 +26,8 @@ def find_tcmalloc() -> str | None:
 def allocator_variables() -> dict[str, str]:
     """Environment variables that give a process tcmalloc; none with a GPU, without tcmalloc, or where the user has chosen."""
     chosen = {"LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
-    library = None if chosen or visible_gpus() else find_tcmalloc()
-    if library is None:
+    library = None if chosen else find_tcmalloc()
+    if library is None or visible_gpus():  # in this order: asking for GPUs starts a process
         return {}
     # It would report each tensor of more than a gigabyte.
     return {"LD_PRELOAD": library, "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(2**60)}
