@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from spin_megatron.config import RunConfig, SlurmSection, SlurmStageSection
+from spin_megatron.config import RunConfig
+from spin_megatron.config_sections import SlurmSection, SlurmStageSection
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from spin_megatron.config import OPERATIONAL, PER_ITERATION, RunConfig, StageName, StopSection, flat_settings
+from spin_megatron.config import OPERATIONAL, PER_ITERATION, RunConfig, flat_settings
+from spin_megatron.config_sections import StageName, StopSection
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held, is_held

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from spin_megatron.config import OPERATIONAL, RunConfig, StageName, flat_settings
+from spin_megatron.config import OPERATIONAL, RunConfig, flat_settings
 from spin_megatron.config_file import apply_override, load_config, validate_config
+from spin_megatron.config_sections import StageName
 from spin_megatron.data.sources import FILE_TYPES, is_commit
 from spin_megatron.generation.engine import EXTERNAL, Environment, provider
 from spin_megatron.launch.gpus import pool_for

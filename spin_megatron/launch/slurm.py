@@ -24,7 +24,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from spin_megatron.config import RunConfig, SlurmStageSection, StageName
+from spin_megatron.config import RunConfig
+from spin_megatron.config_sections import SlurmStageSection, StageName
 from spin_megatron.generation.engine import EXTERNAL
 from spin_megatron.launch.failures import record_submission
 from spin_megatron.launch.loop import check_config, open_or_start, remember_changes

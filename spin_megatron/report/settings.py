@@ -8,7 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from spin_megatron.config import PER_ITERATION, RunConfig, Section
+from spin_megatron.config import PER_ITERATION, RunConfig
+from spin_megatron.config_sections import Section
 
 _COMMENT_COLUMN = 36
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from spin_megatron.config import EvaluateSection
+from spin_megatron.config_sections import EvaluateSection
 from spin_megatron.mcore.model import build_model, load_huggingface
 from spin_megatron.mcore.precision import Fp8
 from spin_megatron.mcore.reference import PackedPairs, score_pairs

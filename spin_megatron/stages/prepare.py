@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from spin_megatron.config import DataSection, RunConfig
+from spin_megatron.config import RunConfig
+from spin_megatron.config_sections import DataSection
 from spin_megatron.data.leaks import length_statistics
 from spin_megatron.data.render import Limits, Remark, Rendered, Renderer
 from spin_megatron.data.selection import CleanExamples, Selection, clean, in_split_order, select

@@ -13,6 +13,7 @@ LAYERS = {
     "spin_megatron": 0,
     "spin_megatron.config": 0,
     "spin_megatron.config_file": 0,
+    "spin_megatron.config_sections": 0,
     "spin_megatron.run": 0,
     "spin_megatron.plan": 0,
     "spin_megatron.data": 1,
@@ -31,7 +32,7 @@ LAYERS = {
 }
 # Plain arguments instead of the config: what computes can be used and tested without a run.
 WITHOUT_CONFIG = ("spin_megatron.data", "spin_megatron.objective", "spin_megatron.convert.families")
-TORCH_FREE = ("config", "config_file", "run", "plan", "pipeline", "launch", "cli")
+TORCH_FREE = ("config", "config_file", "config_sections", "run", "plan", "pipeline", "launch", "cli")
 HEAVY = ("torch", "transformers", "datasets", "megatron", "transformer_engine", "tensorrt_llm")
 
 # package -> where it may be imported

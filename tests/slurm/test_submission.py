@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from spin_megatron.config import RunConfig, StopSection
+from spin_megatron.config import RunConfig
+from spin_megatron.config_sections import StopSection
 from spin_megatron.launch import slurm, supervise
 from spin_megatron.launch.failures import MAX_SUBMISSION_FAILURES, read_events, record_failure, stop_reason
 from spin_megatron.launch.loop import open_as_changed

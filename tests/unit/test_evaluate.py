@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from spin_megatron.config import EvaluateSection
+from spin_megatron.config_sections import EvaluateSection
 from spin_megatron.run.records import ReferenceScore
 from spin_megatron.stages.evaluate import compare, judge
 
