@@ -106,7 +106,12 @@ def build_parser(called: str | None = None) -> argparse.ArgumentParser:
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--set", dest="overrides", metavar="SECTION.KEY=VALUE", action="append", default=[], help="override one setting; repeatable"
+        "--set",
+        dest="overrides",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        help="override one setting (null: none); repeatable",
     )
 
 

@@ -71,13 +71,13 @@ def _describe(problem: Any) -> str:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """`section.key=value`; value is TOML (0.1, true, [1, 2]) and otherwise a plain string."""
+    """`section.key=value`; value is TOML (0.1, true, [1, 2]), null for none, and otherwise a plain string."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or len(parts) < 2:
         raise ValueError(f"--set {override!r} is not of the form section.key=value, e.g. --set parallel.tensor=2.")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = None if text.strip() == "null" else tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
     table = values
@@ -86,6 +86,19 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise ValueError(f"--set {override!r}: {part!r} is a value, not a section.")
     table[parts[-1]] = value
+
+
+def as_override(key: str, value: Any) -> str:
+    """The text that `apply_override` reads as this setting."""
+    return f"{key}={_toml(value)}"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)  # JSON escapes a character beyond 16 bits as two halves, which TOML refuses
 
 
 def _make_absolute(values: dict[str, Any], section: str, key: str, folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_megatron.config import OPERATIONAL, RunConfig, flat_settings
-from spin_megatron.config_file import apply_override, load_config, validate_config
+from spin_megatron.config_file import apply_override, as_override, load_config, validate_config
 from spin_megatron.config_sections import StageName
 from spin_megatron.data.sources import FILE_TYPES, is_commit
 from spin_megatron.generation.engine import EXTERNAL, Environment, provider
@@ -269,15 +269,13 @@ def changes(config: RunConfig, layout: RunLayout) -> list[str]:
     """The --set options that make a stage's process see this layout; jobs and the run's end do not concern it."""
     frozen, _ = open_run(layout.root)
     then, now = _changeable_settings(frozen), _changeable_settings(config)
-    return [f"{name}={json.dumps(value)}" for name, value in now.items() if value != then[name]]
+    return [as_override(name, value) for name, value in now.items() if value != then[name]]
 
 
 def _changeable_settings(config: RunConfig) -> dict[str, Any]:
     """What may change and a stage's process has to know, by name; [slurm] and [stop] are no concern of a stage."""
     flat = flat_settings(config, [section for section in _changeable_sections() if section not in ("slurm", "stop")])
-    chosen = {name: value for name, value in flat.items() if _is_changeable(name)}
-    environment = chosen.pop("generate.environment")
-    return chosen | {f"generate.environment.{name}": value for name, value in environment.items()}
+    return {name: value for name, value in flat.items() if _is_changeable(name)}
 
 
 def _changeable_sections() -> list[str]:

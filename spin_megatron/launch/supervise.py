@@ -10,7 +10,6 @@ Otherwise the job's own element is requeued, which keeps the jobs that wait for 
 """
 
 import contextlib
-import json
 import logging
 import os
 import shlex
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spin_megatron.config import RunConfig
+from spin_megatron.config_file import as_override
 from spin_megatron.generation.engine import EXTERNAL
 from spin_megatron.launch.failures import (
     MAX_SUBMISSION_FAILURES,
@@ -252,7 +252,7 @@ def engine_changes(config: RunConfig) -> list[str]:
     words = shlex.split(os.environ.get("SPIN_ENGINE_PYTHON", ""))
     if words:
         changed |= {"prefix": words[:-1], "python": words[-1]}
-    return [f"generate.environment.{name}={json.dumps(value)}" for name, value in changed.items()]
+    return [as_override(f"generate.environment.{name}", value) for name, value in changed.items()]
 
 
 def srun_command(config: RunConfig, layout: RunLayout, ref: StageRef, logs: Path) -> list[str]:

@@ -138,6 +138,17 @@ def test_what_training_takes_of_memory_and_time_may_change_in_a_started_run_and_
         open_run(tmp_path, ["train.pack_tokens=8192"])
 
 
+def test_a_stage_s_process_is_told_of_tables_of_nothing_and_of_any_character(tmp_path: Path) -> None:
+    path, layout = write(tmp_path), RunLayout(tmp_path)
+    started = load_config(path, ["train.recompute=full", "train.recompute_layers=2"])
+    layout.run_json.write_text(started.model_dump_json(), encoding="utf-8")
+    asked = ["train.recompute_layers=null", "guard.max_margin=null", 'generate.environment.prefix=["run", "it\'s \\"\U0001f680\\".sif"]']
+    changed, _ = open_run(tmp_path, asked)
+    assert (changed.train.recompute_layers, changed.guard.max_margin) == (None, None)
+    assert changed.generate.environment.prefix == ["run", 'it\'s "\U0001f680".sif']
+    assert open_run(tmp_path, changes(changed, layout))[0] == changed
+
+
 def test_a_variable_of_the_environment_is_name_and_value(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'NCCL DEBUG' is not of the form NAME=VALUE"):
         load_config(write(tmp_path), ['generate.environment.variables=["NCCL DEBUG"]'])
