@@ -34,6 +34,14 @@ Value = TypeVar("Value")
 
 _MEMORY = ("recompute", "recompute_layers", "kept_logit_bytes", "distributed_optimizer")
 OPERATIONAL = ("save_every_steps", "keep_checkpoints", "max_skipped_steps", *_MEMORY)
+HARNESS = ("lm_eval_tasks", "lm_eval_model_args", "lm_eval_include")
+# A started run may be moved to another layout or machine, go on for longer and be measured by more: these sections and settings decide how
+# its stages run and which there are, not what one of them gives.
+CHANGEABLE = (
+    *("run.iterations", "parallel", "launch", "slurm", "quality", "guard", "stop", "generate.environment"),
+    *(f"train.{name}" for name in OPERATIONAL),
+    *(f"evaluate.{name}" for name in HARNESS),
+)
 PER_ITERATION = ("data.window", "objective.beta", "optimizer.learning_rate", "train.schedule_epochs", "train.stop_epoch")
 
 

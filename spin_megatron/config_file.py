@@ -33,7 +33,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         apply_override(values, override)
     for section, key in (("model", "path"), ("data", "source"), ("evaluate", "lm_eval_include")):
-        _make_absolute(values, section, key, path.parent)
+        make_absolute(values, section, key, path.parent)
     return validate_config(values, origin=str(path))
 
 
@@ -101,7 +101,8 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # JSON escapes a character beyond 16 bits as two halves, which TOML refuses
 
 
-def _make_absolute(values: dict[str, Any], section: str, key: str, folder: Path) -> None:
+def make_absolute(values: dict[str, Any], section: str, key: str, folder: Path) -> None:
+    """Take a setting that may be a path as relative to a folder, where something is there or nothing else can be meant."""
     table = values.get(section)
     if not isinstance(table, dict) or not isinstance(table.get(key), str):
         return

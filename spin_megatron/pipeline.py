@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from spin_megatron.config import OPERATIONAL, PER_ITERATION, RunConfig, flat_settings
+from spin_megatron.config import HARNESS, OPERATIONAL, PER_ITERATION, RunConfig, flat_settings
 from spin_megatron.config_sections import StageName, StopSection
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
@@ -86,7 +86,7 @@ def _merge_needs(config: RunConfig, iteration: int) -> tuple[StageRef, ...]:
 
 _ENGINE_SETTINGS = ("generate.engine", "generate.dtype", "generate.options", "data.max_prompt_tokens", "data.max_response_tokens")
 
-_HARNESS_SETTINGS = ("evaluate.lm_eval_tasks", "evaluate.lm_eval_model_args", "evaluate.lm_eval_include")
+_HARNESS_SETTINGS = tuple(f"evaluate.{name}" for name in HARNESS)
 
 STAGES: dict[StageName, Stage] = {
     "export": Stage(

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from spin_megatron.config import OPERATIONAL, RunConfig, flat_settings
-from spin_megatron.config_file import apply_override, as_override, load_config, validate_config
+from spin_megatron.config import CHANGEABLE, RunConfig, flat_settings
+from spin_megatron.config_file import apply_override, as_override, load_config, make_absolute, validate_config
 from spin_megatron.config_sections import StageName
 from spin_megatron.data.sources import FILE_TYPES, is_commit
 from spin_megatron.generation.engine import EXTERNAL, Environment, provider
@@ -27,11 +27,6 @@ from spin_megatron.run.telemetry import progress_bar
 
 logger = logging.getLogger(__name__)
 
-# A started run may be moved to another layout or machine, and go on for longer: these sections and settings decide how, not what.
-CHANGEABLE = (
-    *("run.iterations", "parallel", "launch", "slurm", "quality", "guard", "stop", "generate.environment"),
-    *(f"train.{name}" for name in OPERATIONAL),
-)
 BAR_SECONDS = 1.0
 _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped, and the same command goes on with it"}
 
@@ -366,6 +361,7 @@ def _with_changes(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         if not _is_changeable(override.partition("=")[0].strip()):
             raise ValueError(f"--set {override!r}: a started run keeps its settings; only {', '.join(CHANGEABLE)} may change.")
         apply_override(values, override)
+    make_absolute(values, "evaluate", "lm_eval_include", Path.cwd())
     return validate_config(values, origin="the started run with --set")
 
 

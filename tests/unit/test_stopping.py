@@ -10,7 +10,7 @@ import pytest
 from spin_megatron.cli import main
 from spin_megatron.launch import loop
 from spin_megatron.launch.loop import open_as_changed, open_run
-from spin_megatron.pipeline import StageRef, folder_of, made_in
+from spin_megatron.pipeline import StageRef, folder_of, line, made_in, settings_of
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import Manifest, write_manifest
 
@@ -33,7 +33,13 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[StageRef]:
     def finish(_launcher: object, _config: object, layout: RunLayout, group: list[StageRef], _position: str) -> int:
         for ref in group:
             done.append(ref)
-            numbers = {"ln2_minus_loss": 0.5 / 10**ref.iteration, "nll_real": 2.0, "nll_real_reference": 2.0, "logp_real_drift": 0.0}
+            numbers = {
+                "ln2_minus_loss": 0.5 / 10**ref.iteration,
+                "nll_real": 2.0,
+                "nll_real_reference": 2.0,
+                "logp_real_drift": 0.0,
+                "metrics": {},
+            }
             outcome = Manifest(ref.name, ref.iteration, ref.shard, key="", settings={}, inputs={}, outputs=(), summary=numbers)
             write_manifest(folder_of(layout, ref), outcome)
         return 0
@@ -92,6 +98,24 @@ def test_a_finished_run_goes_on_for_more_iterations_and_stays_with_them(
     capsys.readouterr()
     assert main(["run", str(root), "--set", "run.seed=1"]) == 2
     assert "only run.iterations, parallel, launch, slurm" in capsys.readouterr().err
+
+
+def test_benchmarks_are_added_to_a_finished_run_and_nothing_else_runs_again(
+    config_path: Path, finished: list[StageRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "run"
+    (tmp_path / "my tasks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(config_path), "--run-dir", str(root), "--set", "run.iterations=1"]) == 0
+    added = ['evaluate.lm_eval_tasks=["arc", "gsm8k"]', "evaluate.lm_eval_model_args.parallelize=true", "evaluate.lm_eval_include=my tasks"]
+    assert main(["run", str(root), *(word for setting in added for word in ("--set", setting))]) == 0
+    assert finished[-2:] == [StageRef("benchmark", 0, 0), StageRef("benchmark", 0, 1)]
+    config, layout = open_as_changed(root)
+    assert config.evaluate.lm_eval_include == str(tmp_path / "my tasks"), "a stage may run in another folder"
+    assert open_run(root, loop.changes(config, layout))[0] == config, "what a stage's process is told"
+    frozen, _ = open_run(root)
+    for ref in line(config):
+        assert ref.name == "benchmark" or settings_of(config, ref) == settings_of(frozen, ref), f"{ref} became stale"
 
 
 def test_a_run_directory_beside_a_run_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
