@@ -182,9 +182,9 @@ def early_stop(config: RunConfig, layout: RunLayout) -> EarlyStop | None:
 
 
 def _fired(rules: StopSection, numbers: Mapping[str, Any]) -> str | None:
-    """The rule that an evaluation's numbers fire, in words; a number that is not finite fires its rule."""
-    increase, drop = numbers["nll_real"] - numbers["nll_real_reference"], -numbers["logp_real_drift"]
-    gain, least = numbers["ln2_minus_loss"], rules.min_ln2_minus_loss
+    """The rule that an evaluation's numbers fire, in words; a number that is not finite, kept as text, fires its rule."""
+    increase, drop = float(numbers["nll_real"]) - float(numbers["nll_real_reference"]), -float(numbers["logp_real_drift"])
+    gain, least = float(numbers["ln2_minus_loss"]), rules.min_ln2_minus_loss
     if least is not None and not gain >= least:
         return f"ln 2 - held-out loss = {gain:.4g} is below stop.min_ln2_minus_loss={least}: the opponent's answers pass for human ones"
     if rules.max_nll_increase is not None and not increase <= rules.max_nll_increase:

@@ -111,7 +111,7 @@ def _points(
     axis: Axes, iterations: Sequence[int], evaluated: dict[int, dict[str, Any]], keys: Sequence[tuple[str, str]], title: str
 ) -> None:
     for key, label in keys:
-        axis.plot(iterations, [evaluated[t][key] for t in iterations], "o-", label=label)
+        axis.plot(iterations, [float(evaluated[t][key]) for t in iterations], "o-", label=label)
     axis.set_title(title)
     axis.set_xlabel("iteration")
     axis.set_xticks(list(iterations))

@@ -66,7 +66,7 @@ def print_iterations(config: RunConfig, layout: RunLayout) -> None:
     for column, _, _ in EVALUATION_COLUMNS:
         table.add_column(column, justify="right")
     for t, evaluation in evaluations(config, layout).items():
-        table.add_row(str(t), *(format(evaluation[key], pattern) for _, key, pattern in EVALUATION_COLUMNS))
+        table.add_row(str(t), *(format(float(evaluation[key]), pattern) for _, key, pattern in EVALUATION_COLUMNS))
     console = Console()
     console.print(table)
     for warning in warnings(config, layout):

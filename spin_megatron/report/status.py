@@ -24,7 +24,7 @@ from spin_megatron.launch.slurm import ADVANCE, SubmittedJob, active_jobs, read_
 from spin_megatron.pipeline import STAGES, StageRef, early_stop, folder_of, is_running, line, log_folder, made_in, missing_stages, state_of
 from spin_megatron.report.overview import benchmarks, warnings
 from spin_megatron.run.layout import RunLayout
-from spin_megatron.run.manifest import read_manifest
+from spin_megatron.run.manifest import plain, read_manifest
 
 _COLUMNS = tuple(STAGES)
 _STYLES = {"done": "green", "running": "cyan", "ready": "yellow", "stale": "red", "waiting": "dim", "not needed": "dim"}
@@ -54,7 +54,7 @@ def command(arguments: argparse.Namespace) -> int:
             "stopped": why_stopped(config, layout),
             "queue_problem": queue.problem or None,
         }
-        print(json.dumps(answer, indent=2))  # noqa: T201
+        print(json.dumps(plain(answer), indent=2))  # noqa: T201
     elif arguments.watch is None:
         Console().print(_view(config, layout))
     else:

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -112,8 +113,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically, indented, keys in the order given."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write a JSON file atomically, indented, keys in the order given, numbers as `plain` has them."""
+    write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """The value with NaN and infinities as texts, since JSON has no number for them; float() reads both."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _fsync_folder(folder: Path) -> None:

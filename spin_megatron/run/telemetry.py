@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from spin_megatron.run.manifest import write_text
+from spin_megatron.run.manifest import plain, write_text
 
 console = Console(stderr=True)
 
@@ -135,8 +135,7 @@ class MetricsWriter:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
-        plain = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, "time": time.time(), **plain}) + "\n")
+        self._file.write(json.dumps(plain({"step": step, "time": time.time(), **values})) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])

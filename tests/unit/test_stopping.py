@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ from spin_megatron.cli import main
 from spin_megatron.launch import loop
 from spin_megatron.launch.loop import open_as_changed, open_run
 from spin_megatron.pipeline import StageRef, folder_of, line, made_in, settings_of
+from spin_megatron.report.overview import evaluations, print_iterations
 from spin_megatron.run.layout import RunLayout
-from spin_megatron.run.manifest import Manifest, write_manifest
+from spin_megatron.run.manifest import Manifest, read_manifest, write_json, write_manifest
 
 PINNED = "0123456789" * 4
 CONFIG = f'[run]\niterations = 3\n[model]\npath = "org/m"\nrevision = "{PINNED}"\n[data]\nsource = "org/d"\nrevision = "{PINNED}"\n'
@@ -66,6 +69,28 @@ def test_run_ends_after_the_iteration_that_fires_a_rule_and_says_so(
     finished.clear()
     assert main(["run", str(root), "--set", "stop.min_ln2_minus_loss=-1.0"]) == 0, "a lower bound lets it go on"
     assert StageRef("evaluate", 2) in finished
+
+
+def test_numbers_that_are_none_are_texts_in_every_json_and_end_the_run(
+    config_path: Path, finished: list[StageRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    assert main(["run", str(config_path), "--run-dir", str(root), "--set", "run.iterations=1"]) == 0
+    layout = RunLayout(root)
+    path = layout.manifest(layout.evaluate(0))
+    lost = dict.fromkeys(("ln2_minus_loss", "nll_real", "nll_real_reference", "logp_real_drift", "loss", "margin", "accuracy"), math.nan)
+    write_manifest(layout.evaluate(0), replace(read_manifest(layout.evaluate(0)), summary=lost))
+    assert json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)["summary"]["loss"] == "nan"
+    # As files of earlier versions have them: Python reads NaN where no other program does.
+    path.write_text(path.read_text(encoding="utf-8").replace('"loss": "nan"', '"loss": NaN'), encoding="utf-8")
+    write_json(layout.evaluation(0), lost)
+    monkeypatch.setattr("spin_megatron.report.overview.evaluations", evaluations)
+    capsys.readouterr()
+    print_iterations(*open_run(root, ["stop.max_logp_drop=5.0"]))
+    assert "fell by nan nats an answer, beyond stop.max_logp_drop=5.0" in " ".join(capsys.readouterr().out.split())
+    assert main(["status", str(root), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["stages"]
+    assert next(row for row in rows if row["stage"] == "evaluate")["summary"] == dict.fromkeys(lost, "nan")
 
 
 def test_sections_that_may_change_are_those_of_the_last_run_or_submit(config_path: Path, tmp_path: Path) -> None:
