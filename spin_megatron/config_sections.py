@@ -24,9 +24,20 @@ class Section(BaseModel):
 class RunSection(Section):
     """[run]"""
 
-    name: str = Field("spin", description="of the run, in views and job names")
+    name: str = Field("spin", description="of the run, in views, job names and the default of --run-dir")
     seed: int = Field(42, ge=0, description="every random choice of the run follows from it")
     iterations: int = Field(3, gt=0, description="T: theta_1 ... theta_T are made")
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        # It names a folder, stands in a list that squeue splits at commas, and in tables whose markup is in brackets.
+        if not re.fullmatch(r"\w[\w .+=-]{0,59}", name):
+            raise ValueError(
+                f"run.name={name!r} must be 1 to 60 letters, digits, spaces and . _ - + = and begin with a letter or digit; where the "
+                "run lives is said by --run-dir."
+            )
+        return name
 
 
 class ModelSection(Section):

@@ -52,6 +52,11 @@ def test_stop_epoch_is_the_whole_schedule_unless_given(tmp_path: Path) -> None:
         ("objective.beta=nan", r"objective\.beta\.float: Input should be a finite number"),
         ("optimizer.epsilon=inf", r"optimizer\.epsilon: Input should be a finite number"),
         ("train.stop_epoch=9", r"train\.stop_epoch=9 is beyond train\.schedule_epochs=2 in iteration 0"),
+        ("run.name=my/run", r"run\.name='my/run' must be 1 to 60 letters.*where the run lives is said by --run-dir"),
+        ("run.name=..", r"run\.name='\.\.' must be"),
+        ("run.name=a,b", r"run\.name='a,b' must be"),
+        ("run.name=a[/b]", r"run\.name='a\[/b\]' must be"),
+        ("run.name=", r"run\.name='' must be"),
         ("parallel", r"'parallel' is not of the form section\.key=value"),
         ("model.path.x=1", r"'path' is a value, not a section"),
     ],
@@ -86,6 +91,7 @@ def test_what_toml_takes_for_a_date_or_a_time_is_the_text_it_is_written_as(tmp_p
     path = write(tmp_path, MINIMAL + "[run]\nname = 2026-05-01\n[slurm.stages.train]\ntime = 04:00:00\n")
     config = load_config(path, ["slurm.stages.generate.time=12:30:00"])
     assert config.run.name == "2026-05-01"
+    assert load_config(path, ["run.name=2. Versuch"]).run.name == "2. Versuch"
     assert (config.slurm.of("train").time, config.slurm.of("generate").time) == ("04:00:00", "12:30:00")
 
 
