@@ -38,7 +38,7 @@ HARNESS = ("lm_eval_tasks", "lm_eval_model_args", "lm_eval_include")
 # A started run may be moved to another layout or machine, go on for longer and be measured by more: these sections and settings decide how
 # its stages run and which there are, not what one of them gives.
 CHANGEABLE = (
-    *("run.iterations", "parallel", "launch", "slurm", "quality", "guard", "stop", "generate.environment"),
+    *("run.iterations", "parallel", "launch", "slurm", "quality", "guard", "stop", "generate.environment", "generate.batch_size"),
     *(f"train.{name}" for name in OPERATIONAL),
     *(f"evaluate.{name}" for name in HARNESS),
 )

@@ -113,7 +113,7 @@ STAGES: dict[StageName, Stage] = {
         ("run.seed", "generate", "data.max_response_tokens"),
         lambda layout, ref: layout.shard(ref.iteration, ref.shard or 0),
         lambda config, t: (StageRef("prepare"), StageRef("build-engine", t), StageRef("export", t)),
-        ignored=("generate.rows_per_part", "generate.environment"),
+        ignored=("generate.rows_per_part", "generate.environment", "generate.batch_size"),
         resumes=True,
     ),
     "merge": Stage(

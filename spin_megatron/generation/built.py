@@ -54,7 +54,7 @@ def engine_identity(spec: EngineSpec, *, engine: str, runtime: Mapping[str, Any]
         run_options: options that only say how the engine is run; they, and the cache's place, do not make another engine.
     """
     settings = {f"options.{name}": value for name, value in sorted(spec.options.items()) if name not in run_options | {CACHE_OPTION}}
-    limits = {name: getattr(spec, name) for name in ("dtype", "batch_size", "max_prompt_tokens", "max_new_tokens")}
+    limits = {name: getattr(spec, name) for name in ("dtype", "max_prompt_tokens", "max_new_tokens")}
     return {"engine": engine, "weights": weights_digest(spec.model), **limits, **settings, **runtime}
 
 

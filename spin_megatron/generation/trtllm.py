@@ -129,8 +129,10 @@ class Trtllm:
         if not probed.gpus:
             raise ValueError(f"engine {self.name!r} needs a GPU, and nvidia-smi shows none where [generate.environment] runs.")
         options = with_tensor_parallel(options, spec, shape, probed)
-        # The engine's limits follow from the data, and with fp8 its scales do.
+        # A built engine has limits, which follow from the data, and so do its scales with fp8.
         from_data: dict[str, Any] = {"max_input_len": longest_prompt(spec), "options.tensor_parallel": options.tensor_parallel}
+        if self.mode == "engine":
+            from_data["max_batch_size"] = spec.batch_size
         if options.quantization != "none":
             from_data["calibration"] = digest_values([row.prompt_ids for row in _calibration_rows(spec, options)])
         runtime = probed.runtime(PACKAGE) | from_data

@@ -114,12 +114,13 @@ def test_the_frozen_form_gives_the_same_config(tmp_path: Path) -> None:
     assert RunConfig.from_json(config.model_dump_json()) == config
 
 
-def test_where_an_engine_is_started_may_change_in_a_started_run_and_its_engine_may_not(tmp_path: Path) -> None:
+def test_where_an_engine_is_started_and_how_much_at_a_time_may_change_in_a_started_run_and_its_engine_may_not(tmp_path: Path) -> None:
     config = load_config(write(tmp_path), ["generate.engine=vllm"])
     layout = RunLayout(tmp_path)
     layout.run_json.write_text(config.model_dump_json())
     moved, _ = open_run(tmp_path, ['generate.environment.prefix=["apptainer", "exec", "it\'s.sif"]'])
     assert moved.generate.environment.prefix == ["apptainer", "exec", "it's.sif"]
+    moved, _ = open_run(tmp_path, ["generate.batch_size=3", *changes(moved, layout)])
     # A stage's process is told by options, and no finished stage becomes stale.
     assert open_run(tmp_path, changes(moved, layout))[0] == moved
     for ref in (StageRef("build-engine", 0), StageRef("generate", 0, 0)):

@@ -164,6 +164,16 @@ def test_seeds_decide_the_responses_and_nothing_else_does(engine: Engine) -> Non
     assert changed >= len(prompts) - 1
 
 
+def test_another_batch_size_changes_no_answer_or_is_refused_where_it_is_built_in(built: Built, engine: Engine, tmp_path: Path) -> None:
+    prompts, smaller = make_prompts(20), replace(built, spec=replace(built.spec, batch_size=3))
+    if built.name == "trtllm-engine":
+        with pytest.raises(ValueError, match="max_batch_size: built with 5, now 3"):
+            smaller.load(tmp_path)
+        return
+    with closing(smaller.load(tmp_path)) as other:
+        assert by_id(other.generate(prompts, SAMPLED)) == by_id(engine.generate(prompts, SAMPLED))
+
+
 def test_equal_prompts_with_different_seeds_get_different_responses(engine: Engine) -> None:
     prompt = make_prompts()[3]
     rows = by_id(engine.generate([replace(prompt, example_id=f"copy-{i}", seed=i) for i in range(8)], SAMPLED))
