@@ -67,12 +67,13 @@ class Link:
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A line of slurm_jobs.json."""
+    """A line of slurm_jobs.json. user: the number of who submitted it; "" of earlier versions."""
 
     job_id: str
     link: str
     iteration: int
     array: str
+    user: str = ""
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -242,7 +243,7 @@ def _submit_links(config: RunConfig, layout: RunLayout, links: Sequence[Link], *
             if jobs:
                 run_slurm(["scancel", *(job.job_id for job in jobs)], is_repeatable=True)
             raise ValueError(f"sbatch refused {link.name} {link.iteration}: {error}; no job of this chain is left in the queue.") from error
-        jobs.append(SubmittedJob(job_id, link.name, link.iteration, link.array))
+        jobs.append(SubmittedJob(job_id, link.name, link.iteration, link.array, str(os.getuid())))
         manifests.write_json(record, [asdict(job) for job in [*earlier, *jobs]])
         logger.info("submitted %s %d as job %s, array %s", link.name, link.iteration, job_id, link.array)
         after = job_id
@@ -262,7 +263,8 @@ def _sbatch(layout: RunLayout, job_name: str, words: Sequence[str], *, tries: in
         logger.warning("sbatch: %s; trying again in %.0f s", result.stderr.strip(), pause)
         time.sleep(pause)
         # An answer that came too late is no refusal: the job is there, and a second one would run beside it.
-        queue = run_slurm(["squeue", "--noheader", f"--name={job_name}", "--format=%F|%Z"], is_repeatable=True)
+        question = ["squeue", "--noheader", f"--user={os.getuid()}", f"--name={job_name}", "--format=%F|%Z"]
+        queue = run_slurm(question, is_repeatable=True)
         rows = [row.strip().partition("|") for row in queue.stdout.splitlines()]
         late = [job for job, _, folder in rows if folder == str(layout.root) and job not in known]
         if late:
@@ -335,15 +337,18 @@ def read_jobs(path: Path) -> list[SubmittedJob]:
 
 def active_jobs(layout: RunLayout) -> Mapping[str, str]:
     """Job or array element id -> state, of this run's jobs that squeue still shows."""
-    ids = {job.job_id for path in layout.all_slurm_jobs() for job in read_jobs(path)}
-    if not ids:
+    jobs = [job for path in layout.all_slurm_jobs() for job in read_jobs(path)]
+    if not jobs:
         return {}
-    result = run_slurm(["squeue", "--noheader", "--array", "--format=%A|%i|%T"], is_repeatable=True)
+    ids, users = {job.job_id for job in jobs}, {job.user for job in jobs}
+    # The controller sends one user's jobs alone, where asked for job ids it would send all for squeue to choose from.
+    by_user = [f"--user={','.join(sorted(users))}"] if "" not in users else []
+    result = run_slurm(["squeue", "--noheader", "--array", *by_user, "--format=%i|%T"], is_repeatable=True)
     if result.returncode:
         raise ValueError(f"squeue failed: {result.stderr.strip()}; is this a host of the cluster?")
     found = {}
     for row in result.stdout.splitlines():
-        _, name, state = row.strip().split("|")
+        name, _, state = row.strip().partition("|")
         if name.partition("_")[0] in ids:
             found[name] = state
     return found

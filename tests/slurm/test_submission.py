@@ -1,8 +1,9 @@
 """What the links do when Slurm refuses, answers late, or leaves half a chain; scripted answers stand in for Slurm's programs."""
 
+import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from spin_megatron.config_sections import StopSection
 from spin_megatron.launch import slurm, supervise
 from spin_megatron.launch.failures import MAX_SUBMISSION_FAILURES, read_events, record_failure, stop_reason
 from spin_megatron.launch.loop import open_as_changed
-from spin_megatron.launch.slurm import read_jobs, submit
+from spin_megatron.launch.slurm import active_jobs, read_jobs, submit
 from spin_megatron.launch.supervise import Element, advance
 from spin_megatron.pipeline import StageRef
 from spin_megatron.run import manifest as manifests
@@ -47,7 +48,7 @@ class Scripted:
             named = [word.partition("=")[2] for word in words if word.startswith("--name=")]
             if named:
                 return subprocess.CompletedProcess(words, 0, "".join(f"{r[0]}|{self.layout.root}\n" for r in rows if r[3] in named), "")
-            return subprocess.CompletedProcess(words, 0, "".join("|".join(r[:3]) + "\n" for r in rows), "")
+            return subprocess.CompletedProcess(words, 0, "".join("|".join(r[1:3]) + "\n" for r in rows), "")
         if words[0] == "scancel":
             self.queue = [row for row in self.queue if row.split("|")[0] not in words]
         return subprocess.CompletedProcess(words, 0, "", "")
@@ -129,6 +130,20 @@ def test_half_a_chain_gets_the_link_that_goes_on_and_nothing_else(started: tuple
     assert [(job.link, job.job_id) for job in submit(config, layout)] == [("advance", "105")]
     assert "--dependency=afterany:101:102" in programs.called("sbatch")[-1]
     assert submit(config, layout) == [], "a link that goes on is queued now"
+
+
+def test_squeue_is_asked_for_the_jobs_of_who_submitted_the_run_alone(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
+    config, layout, programs = started
+    submit(config, layout)
+    assert active_jobs(layout), "what was submitted is queued"
+    assert programs.called("squeue")[-1] == ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T"]
+    colleague, earlier = ({**asdict(job), "user": user} for job, user in zip(read_jobs(layout.slurm_jobs(0)), ("4711", ""), strict=False))
+    manifests.write_json(layout.slurm_jobs(1), [colleague])
+    active_jobs(layout)
+    assert f"--user={','.join(sorted((str(os.getuid()), '4711')))}" in programs.called("squeue")[-1]
+    manifests.write_json(layout.slurm_jobs(1), [{name: value for name, value in earlier.items() if name != "user"}])
+    active_jobs(layout)
+    assert not [word for word in programs.called("squeue")[-1] if "--user" in word], "who submitted it is not known"
 
 
 def test_while_jobs_are_under_way_the_run_s_end_may_change_and_their_resources_may_not(
