@@ -1,7 +1,8 @@
 """One rank under srun: `python -m spin_megatron.launch.rank LOG_FOLDER VERB OPTIONS`.
 
 Gives the process the coordinates that torch.distributed reads (RANK, WORLD_SIZE, LOCAL_RANK; MASTER_ADDR and MASTER_PORT come
-from the batch shell) out of Slurm's, and then is the command line.
+from the batch shell) out of Slurm's, and then is the command line. On a CPU it first starts itself anew with tcmalloc, where its node, or
+its container, has it: what a process preloads is settled before it runs, and only here is it known what there is.
 """
 
 import os
@@ -9,6 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
+from spin_megatron.launch.allocator import allocator_variables
 from spin_megatron.pipeline import LOCK_STALE_SECONDS
 from spin_megatron.run.lock import Owner
 
@@ -24,6 +26,8 @@ def slurm_owner() -> tuple[Owner | None, float]:
 
 def main() -> int:
     """Set the coordinates and run the verb."""
+    if variables := allocator_variables():  # which set, they are the user's choice
+        os.execve(sys.executable, sys.orig_argv, os.environ | variables)  # noqa: S606 (a list, no shell)
     log_folder, *arguments = sys.argv[1:]
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]

@@ -1,6 +1,8 @@
 """The launcher: exit codes, signals, logs, and no orphans."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -55,6 +57,25 @@ def test_ranks_on_a_cpu_get_tcmalloc_where_it_is_and_the_user_has_not_chosen(mon
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_")
     monkeypatch.setattr(allocator, "find_tcmalloc", lambda: None)
     assert preloaded() == "none"
+
+
+def test_a_rank_under_srun_starts_itself_anew_with_the_allocator_of_its_node(tmp_path: Path) -> None:
+    code = """
+        import os
+        from spin_megatron.launch import allocator, rank
+        allocator.find_tcmalloc, allocator.visible_gpus = lambda: "libc.so.6", list
+        print(os.getpid(), os.environ.get("LD_PRELOAD"), flush=True)
+        raise SystemExit(rank.main())
+    """
+    variables = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_")}
+    variables |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    words = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "the logs"), "train", "--run-dir", str(tmp_path)]
+    result = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    first, second = result.stdout.splitlines()
+    pid = first.split()[0]
+    assert (first, second) == (f"{pid} None", f"{pid} libc.so.6"), "one process, as srun sees it"
+    assert result.returncode == 2, result.stderr
+    assert "is not a run directory" in (tmp_path / "the logs" / f"rank_0_{socket.gethostname()}.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(allocator.find_tcmalloc() is None, reason="tcmalloc is not installed (apt-get install libtcmalloc-minimal4)")
