@@ -62,7 +62,10 @@ class Launcher:
         elif number == signal.SIGINT:
             logger.info("stopping: what runs saves and leaves; Ctrl-C again ends it at once, and what is not saved is made again")
         self._stop_requested.set()
-        _signal_all(self._processes, signal.SIGKILL if self._end_requested.is_set() else signal.SIGTERM)
+        self._pass_on(self._processes)
+
+    def _pass_on(self, processes: list[subprocess.Popen[bytes]]) -> None:
+        _signal_all(processes, signal.SIGKILL if self._end_requested.is_set() else signal.SIGTERM)
 
     def launch(
         self,
@@ -108,8 +111,8 @@ class Launcher:
             ranks.append(process)
             self._processes.append(process)
         meeting.close()
-        if self.is_stopping():  # the signal came between the two lines above
-            _signal_all(ranks, signal.SIGTERM)
+        if self.is_stopping():  # a signal came while they were started
+            self._pass_on(ranks)
         return _wait(ranks, self._end_requested)
 
 

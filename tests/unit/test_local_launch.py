@@ -182,6 +182,27 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_leave(tmp_path: Path) -> None:
     assert process.wait(timeout=30) == 75
 
 
+@pytest.mark.parametrize(("times", "passed_on"), [(1, signal.SIGTERM), (2, signal.SIGKILL)])
+def test_ctrl_c_while_ranks_are_started_reaches_them_as_often_as_it_came(
+    times: int, passed_on: signal.Signals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    signal_all, sent = local._signal_all, []
+
+    def interrupted() -> dict[str, str]:  # what the launcher asks for just before it starts ranks
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    def record(processes: list[subprocess.Popen[bytes]], number: int) -> None:
+        sent.extend([number] * len(processes))
+        signal_all(processes, number)
+
+    monkeypatch.setattr(local, "allocator_variables", interrupted)
+    monkeypatch.setattr(local, "_signal_all", record)
+    assert launch(monkeypatch, tmp_path, "time.sleep(60)") == 75
+    assert sent[:2] == [passed_on, passed_on]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="parent-death signals are Linux's")
 def test_killing_the_launcher_leaves_no_orphan(tmp_path: Path) -> None:
     body = "(out / f'pid{rank}').write_text(str(os.getpid()))\n(out / f'up{rank}').touch()\ntime.sleep(60)"
