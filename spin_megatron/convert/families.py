@@ -330,39 +330,3 @@ def _shard_rows(entry: Parameter, shape: ModelShape, local: tuple[int, ...], ten
         half = local[0] // 2
         return [piece for block in blocks for piece in cut_rows([block], tensor_rank * half, (tensor_rank + 1) * half)]
     return cut_rows(blocks, tensor_rank * local[0], (tensor_rank + 1) * local[0])
-
-
-def huggingface_tensors(name: str, shape: ModelShape, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The Hugging Face tensors that a Megatron parameter holds: the way back of `megatron_shard`, bit for bit.
-
-    Args:
-        name: the parameter's global name.
-        shards: all tensor ranks' parts, in rank order, vocabulary padded or not.
-
-    Returns:
-        Name -> tensor; empty for the head of a tied model, which the embedding stands for.
-
-    Raises:
-        ValueError: an unknown name, or shards whose shape is not `megatron_shape`.
-    """
-    entry = parameter(name, shape)
-    expected = megatron_shape(name, shape, len(shards))
-    for rank, shard in enumerate(shards):
-        if tuple(shard.shape) != expected:
-            raise ValueError(f"Tensor rank {rank} of {len(shards)} holds {name} as {tuple(shard.shape)}; its shape must be {expected}.")
-    if name == "output_layer.weight" and shape.tied_embeddings:
-        return {}
-    if entry.kind == "replicated":
-        whole = shards[0]
-    elif entry.kind == "gate_up":
-        halves = [shard.chunk(2) for shard in shards]
-        whole = torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-    else:
-        whole = torch.cat(list(shards), dim=1 if entry.kind == "input" else 0)
-    rows: dict[str, list[Tensor]] = {source.name: [] for source in entry.sources}
-    position = 0
-    for block in row_blocks(entry, shape):
-        stop = position + block.stop - block.start
-        rows[entry.sources[block.source].name].append(whole[position:stop])
-        position = stop
-    return {name: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for name, pieces in rows.items()}
