@@ -90,26 +90,26 @@ _HARNESS_SETTINGS = tuple(f"evaluate.{name}" for name in HARNESS)
 
 STAGES: dict[StageName, Stage] = {
     "export": Stage(
-        "export",
+        "spin_megatron.stages.export",
         ("model", "train.precision"),
         lambda layout, ref: layout.theta(ref.iteration),
         lambda config, t: (StageRef("train", t - 1),) if t else (),
     ),
     "prepare": Stage(
-        "prepare",
+        "spin_megatron.stages.prepare",
         ("run.seed", "data"),
         lambda layout, ref: layout.data,
         lambda config, t: (StageRef("export", 0),),
         ignored=("data.window",),
     ),
     "build-engine": Stage(
-        "build_engine",
+        "spin_megatron.stages.build_engine",
         _ENGINE_SETTINGS,
         lambda layout, ref: layout.engine(ref.iteration),
         lambda config, t: (StageRef("prepare"), StageRef("export", t)),
     ),
     "generate": Stage(
-        "generate",
+        "spin_megatron.stages.generate",
         ("run.seed", "generate", "data.max_response_tokens"),
         lambda layout, ref: layout.shard(ref.iteration, ref.shard or 0),
         lambda config, t: (StageRef("prepare"), StageRef("build-engine", t), StageRef("export", t)),
@@ -117,13 +117,13 @@ STAGES: dict[StageName, Stage] = {
         resumes=True,
     ),
     "merge": Stage(
-        "merge",
+        "spin_megatron.stages.merge",
         ("run.seed", "data.window", "train.pack_tokens", "train.max_pairs_per_pack", "train.share_prompt"),
         lambda layout, ref: layout.pairs(ref.iteration),
         _merge_needs,
     ),
     "train": Stage(
-        "train",
+        "spin_megatron.stages.train",
         ("run.seed", "objective", "optimizer", "train", "lora"),
         lambda layout, ref: layout.train(ref.iteration),
         lambda config, t: (StageRef("merge", t), StageRef("export", t)),
@@ -132,7 +132,7 @@ STAGES: dict[StageName, Stage] = {
         distributed=True,
     ),
     "evaluate": Stage(
-        "evaluate",
+        "spin_megatron.stages.evaluate",
         ("objective", "evaluate", "train.precision", "train.num_bf16_end_layers"),
         lambda layout, ref: layout.evaluate(ref.iteration),
         lambda config, t: (StageRef("merge", t), StageRef("train", t), StageRef("export", t + 1)),
@@ -140,7 +140,7 @@ STAGES: dict[StageName, Stage] = {
         distributed=True,
     ),
     "benchmark": Stage(
-        "benchmark",
+        "spin_megatron.stages.benchmark",
         (*_HARNESS_SETTINGS, "train.precision"),
         lambda layout, ref: layout.benchmark(ref.iteration, ref.shard or 0),
         lambda config, t: (StageRef("export", t + 1),),
@@ -336,7 +336,7 @@ def execute(
     # Imported here: stages need torch, this module must not.
     from spin_megatron.stages.context import StageContext
 
-    module = importlib.import_module(f"spin_megatron.stages.{STAGES[ref.name].module}")
+    module = importlib.import_module(STAGES[ref.name].module)
     context = StageContext(config, layout, ref.iteration, ref.shard, show=rank == 0, stop_requested=stop_requested)
     if rank != 0:
         if module.run(context).stopped:

@@ -70,7 +70,7 @@ def stage_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     current: dict[str, StageRef] = {}
     content: dict = {"text": "", "stop": set()}
     for stage in STAGES.values():
-        module = types.ModuleType(f"spin_megatron.stages.{stage.module}")
+        module = types.ModuleType(stage.module)
         module.run = run  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
     runs_current.update(current=current, content=content)
