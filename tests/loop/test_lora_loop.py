@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from spin_megatron.launch.loop import open_or_start, open_run
 from spin_megatron.pipeline import execute, missing_stages
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.stages import export, train
+from tests.parity.gloo import fork_server
 from tests.tiny_run import make_tiny_run
 
 pytestmark = pytest.mark.timeout(300)
@@ -73,7 +73,7 @@ def test_killed_in_training_and_in_export_it_ends_with_the_same_bytes(tmp_path: 
     undisturbed, killed = (_start(config, tmp_path / name) for name in ("undisturbed", "killed"))
     _go_on(undisturbed.root)
     for number in range(len(KILLS)):
-        process = multiprocessing.get_context("spawn").Process(target=_go_on_until_killed, args=(killed.root, number))
+        process = fork_server().Process(target=_go_on_until_killed, args=(killed.root, number))
         process.start()
         process.join(timeout=120)
         assert process.exitcode == -signal.SIGKILL, KILLS[number]

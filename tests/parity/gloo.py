@@ -1,28 +1,28 @@
-"""Run a function on several ranks, each a fresh process, and collect what every rank returns.
+"""Run a function on several ranks, each a process of its own, and collect what every rank returns.
 
+They are forked from a server that has imported tests/preloaded.py and done nothing else: imports are most of what a rank costs.
 The ranks find each other through the same environment variables a launcher sets, so the code under test starts its
 process groups as in production. Every rank's traceback is shown; a rank that hangs says where, and is killed.
 """
 
-import ctypes
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch.distributed as dist
 
 GRACE_SECONDS = 5.0
-_PR_SET_PDEATHSIG = 1
 
 
 class RankFailure(AssertionError):
@@ -48,13 +48,23 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 
 def _run_ranks(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], port: int, timeout: float) -> list[Any]:
-    context = multiprocessing.get_context("spawn")
+    context = fork_server()
     processes: list[BaseProcess] = []
     pipes: list[multiprocessing.connection.Connection] = []
     for rank in range(world_size):
+        coordinates = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # another process serves the store: rank 0 must not
+            "OMP_NUM_THREADS": "1",
+        }
         reader, writer = context.Pipe(duplex=False)
         # Not daemonic: saving a distributed checkpoint starts a process of its own.
-        process = context.Process(target=_rank_main, args=(writer, function, args, rank, world_size, port, timeout, os.getpid()))
+        process = context.Process(target=_rank_main, args=(writer, function, args, coordinates, timeout))
         process.start()
         writer.close()
         processes.append(process)
@@ -72,28 +82,24 @@ def _run_ranks(function: Callable[..., Any], world_size: int, args: tuple[Any, .
     return [value for _, value in outcomes]
 
 
+def fork_server() -> ForkServerContext:
+    """Starts processes that have imported everything; one server for the whole session."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
+
+
 def _rank_main(
     writer: multiprocessing.connection.Connection,
     function: Callable[..., Any],
     args: tuple[Any, ...],
-    rank: int,
-    world_size: int,
-    port: int,
+    environment: dict[str, str],
     timeout: float,
-    parent: int,
 ) -> None:
-    """A rank: set the launcher's variables, call, send (True, value) or (False, traceback) back."""
-    _end_with_parent(parent)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",  # another process serves the store: rank 0 must not
-        OMP_NUM_THREADS="1",
-    )
+    """A rank: take the environment, call, send (True, value) or (False, traceback) back."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.clear()  # the server's is that of the session's start
+    os.environ.update(environment)
     if sys.platform.startswith("linux"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the machine's name, which need not resolve
     faulthandler.dump_traceback_later(max(timeout - GRACE_SECONDS, 1.0), exit=False)
@@ -106,12 +112,12 @@ def _rank_main(
     writer.close()
 
 
-def _end_with_parent(parent: int) -> None:
-    """Die with the test process, even when that is killed. Linux only."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+def _end_with_parent() -> None:
+    """Die with the test process, even when that is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _collect(processes: list[BaseProcess], pipes: list[multiprocessing.connection.Connection], timeout: float) -> list[tuple[bool, Any]]:
