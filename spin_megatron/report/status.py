@@ -164,8 +164,7 @@ def _answer_bars(config: RunConfig, layout: RunLayout, rows: Sequence[dict[str, 
     bars = []
     for t in range(config.run.iterations):
         states = [row["state"] for row in rows if (row["stage"], row["iteration"]) == ("generate", t)]
-        answered = num_answered(config, layout, t)
-        if not answered or all(state == "done" for state in states):
+        if all(state == "done" for state in states) or not (answered := num_answered(config, layout, t)):
             continue
         total = sum(num_rows(path) for path in (layout.prompts, layout.held_out))
         bar = Table.grid(padding=(0, 1))

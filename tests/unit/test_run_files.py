@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -29,7 +30,7 @@ from spin_megatron.run.manifest import (
     write_manifest,
     write_text,
 )
-from spin_megatron.run.records import GeneratedRow, PromptRow, ReferenceScore, SpinPair, read_rows, write_rows
+from spin_megatron.run.records import GeneratedRow, PromptRow, ReferenceScore, SpinPair, num_rows, read_rows, write_rows
 from spin_megatron.run.telemetry import MetricsWriter, configure_logging
 
 
@@ -79,6 +80,18 @@ def test_a_corrupt_or_foreign_parquet_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"rows\.parquet cannot be read as parquet"):
         read_rows(path, GeneratedRow)
+
+
+def test_a_footer_is_read_again_only_when_its_file_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, looked_at = pq.read_metadata, []
+    monkeypatch.setattr(pq, "read_metadata", lambda path: looked_at.append(path) or read(path))
+    path, row = tmp_path / "part.parquet", GeneratedRow("a", (7, 2), "stop", 1)
+    assert num_rows(path) == 0
+    write_rows(path, [row], GeneratedRow)
+    assert [num_rows(path) for _ in range(3)] == [1, 1, 1]
+    write_rows(path, [row, row], GeneratedRow)
+    assert [num_rows(path) for _ in range(3)] == [2, 2, 2]
+    assert looked_at == [path, path]
 
 
 def make_manifest(folder: Path) -> Manifest:
