@@ -7,6 +7,7 @@ import argparse
 import gc
 import importlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -73,7 +74,7 @@ def build_parser(called: str | None = None) -> argparse.ArgumentParser:
     status = verbs.add_parser("status", help="show what is done, running and missing")
     status.add_argument("run_dir", type=Path, help="the folder of a started run")
     status.add_argument("--json", action="store_true", help="for programs")
-    status.add_argument("--watch", metavar="SECONDS", type=float, nargs="?", const=5.0, help="keep it live till the run is done (5 s)")
+    status.add_argument("--watch", metavar="SECONDS", type=_seconds, nargs="?", const=5.0, help="keep it live till the run is done (5 s)")
     status.set_defaults(handler=_lazy("spin_megatron.report.status", "command"))
 
     settings = verbs.add_parser("settings", help="print a config with every setting at its default, and what each means")
@@ -119,6 +120,13 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 def _add_rank_options(parser: argparse.ArgumentParser) -> None:
     """Options of verbs that run as ranks."""
     parser.add_argument("--log-file", type=Path, help=argparse.SUPPRESS)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time to wait")
+    return value
 
 
 def _lazy(module: str, function: str) -> Callable[[argparse.Namespace], int]:
@@ -189,14 +197,15 @@ def _score(arguments: argparse.Namespace) -> int:
         )
         if code not in (DONE, BAD_INPUT, INCOMPLETE):  # these rank 0 has explained
             for log_file in sorted(Path(folder).glob("attempt_*/rank_*.log")):
-                last_lines = log_file.read_text(encoding="utf-8").splitlines(keepends=True)[-20:]
+                last_lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-20:]
                 sys.stderr.write(f"--- {log_file.name}, last lines\n" + "".join(last_lines))
         return code
 
 
 def _threads() -> int:
-    """Threads of a rank outside a run: OMP_NUM_THREADS where it is set."""
-    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+    """Threads of a rank outside a run: OMP_NUM_THREADS where it is set, of a list for nested regions the first."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return max(1, int(first)) if first.isdigit() else 1
 
 
 def _catch_stop_signals(*, polled: bool) -> Callable[[], bool]:
@@ -227,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger = logging.getLogger("spin_megatron")
     try:
         code: int = arguments.handler(arguments)
+        sys.stdout.flush()
         return code
     except (ValueError, StaleStage) as error:
         logger.error("%s", error)
@@ -234,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StageIncomplete as error:
         logger.error("%s", error)
         return INCOMPLETE
+    except BrokenPipeError:  # whoever reads the answer, such as head, has read enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except OSError as error:
         if not is_disk_full(error):
             logger.exception("failed")

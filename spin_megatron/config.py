@@ -1,8 +1,7 @@
 """A run's config: the sections of `config_sections` together, what they refuse of each other, and one iteration's scalars. No torch.
 
 Settings that may change from one SPIN iteration to the next take a list whose last value repeats; `RunConfig.at(t)` gives the
-scalars of iteration t. `config_file` reads a config from a TOML file; a started run reads its frozen run.json
-(`RunConfig.from_json`), never the TOML again.
+scalars of iteration t. `config_file` reads a config from a TOML file; a started run reads its frozen run.json, never the TOML again.
 """
 
 from collections.abc import Sequence
@@ -58,7 +57,7 @@ class IterationConfig:
 
 
 class RunConfig(Section):
-    """All sections. Build it with `config_file.load_config` or `RunConfig.from_json`."""
+    """All sections. Build it with `config_file.load_config` or `config_file.read_frozen`."""
 
     run: RunSection = RunSection()
     model: ModelSection
@@ -122,11 +121,6 @@ class RunConfig(Section):
             if fraction and is_refused:
                 raise ValueError(f"optimizer.offload_fraction={fraction:g} with {cure}.")
         return self
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The config of a started run, from its frozen JSON form."""
-        return cls.model_validate_json(text)
 
     def at(self, iteration: int) -> IterationConfig:
         """The scalars of one iteration; a list's last value repeats."""

@@ -37,6 +37,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return validate_config(values, origin=str(path))
 
 
+def read_frozen(path: Path, changes: Path | None = None) -> RunConfig:
+    """The config of a started run from its run.json, with sections of another JSON file over it.
+
+    Raises:
+        ValueError: a file is damaged, or of a version whose settings were others.
+    """
+    values: dict[str, Any] = {}
+    for part in (path, changes):
+        if part is None:
+            continue
+        try:
+            values |= json.loads(part.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{part} is damaged ({error}); restore it from a copy, or start the run anew in another folder.") from error
+    return validate_config(values, origin=str(changes or path))
+
+
 def validate_config(values: dict[str, Any], *, origin: str) -> RunConfig:
     """Check plain values against the schema; every problem is reported, with its key.
 

@@ -25,7 +25,7 @@ class RunSection(Section):
     """[run]"""
 
     name: str = Field("spin", description="of the run, in views, job names and the default of --run-dir")
-    seed: int = Field(42, ge=0, description="every random choice of the run follows from it")
+    seed: int = Field(42, ge=0, lt=2**32, description="every random choice of the run follows from it")
     iterations: int = Field(3, gt=0, description="T: theta_1 ... theta_T are made")
 
     @field_validator("name")

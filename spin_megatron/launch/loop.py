@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_megatron.config import CHANGEABLE, RunConfig, flat_settings
-from spin_megatron.config_file import apply_override, as_override, load_config, make_absolute, validate_config
+from spin_megatron.config_file import apply_override, as_override, load_config, make_absolute, read_frozen, validate_config
 from spin_megatron.config_sections import StageName
 from spin_megatron.data.sources import FILE_TYPES, is_commit
 from spin_megatron.generation.engine import EXTERNAL, Environment, provider
@@ -40,9 +40,11 @@ def check(arguments: argparse.Namespace) -> int:
     if Path(config.model.path).is_dir():
         importlib.import_module("spin_megatron.stages.export").check_folder(Path(config.model.path))
     examine_engine(config)
+    is_here = Path(config.model.path).is_dir() and Path(config.data.source).exists()
+    example = importlib.import_module("spin_megatron.stages.prepare").preview(config) if is_here else None
     print_line(config)
-    if Path(config.model.path).is_dir() and Path(config.data.source).exists():
-        print_example(*importlib.import_module("spin_megatron.stages.prepare").preview(config))
+    if example is not None:
+        print_example(*example)
     else:
         logger.info("the data's first row and its template are checked by prepare: the model or the data is not on this machine yet")
     return DONE
@@ -257,7 +259,7 @@ def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, R
     if not layout.run_json.exists():
         start = f"spin-megatron run CONFIG --run-dir {str(run_dir)!r}"
         raise ValueError(f"{run_dir} is not a run directory (no run.json); start one with: {start}")
-    return _with_changes(RunConfig.from_json(layout.run_json.read_text(encoding="utf-8")), overrides), layout
+    return _with_changes(read_frozen(layout.run_json), overrides), layout
 
 
 def changes(config: RunConfig, layout: RunLayout) -> list[str]:
@@ -298,8 +300,7 @@ def open_as_changed(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunCo
     """
     config, layout = open_run(run_dir)
     if layout.changes_json.exists():
-        values = config.model_dump(mode="json") | json.loads(layout.changes_json.read_text(encoding="utf-8"))
-        config = validate_config(values, origin=str(layout.changes_json))
+        config = read_frozen(layout.run_json, layout.changes_json)
     return _with_changes(config, overrides), layout
 
 
@@ -310,7 +311,7 @@ def open_or_start(arguments: argparse.Namespace, *, is_trial: bool = False) -> t
         is_trial: write nothing, so that the config may still change.
 
     Raises:
-        ValueError: the config is refused, or differs from that of the started run.
+        ValueError: the config is refused, or differs from that of the started run, or there can be no run directory.
     """
     if arguments.target.is_dir():
         if arguments.run_dir is not None:
@@ -325,7 +326,12 @@ def open_or_start(arguments: argparse.Namespace, *, is_trial: bool = False) -> t
     check_config(config)
     if is_trial:
         return config, layout
-    layout.root.mkdir(parents=True, exist_ok=True)
+    try:
+        layout.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if manifests.is_disk_full(error):
+            raise
+        raise ValueError(f"the run directory {layout.root} cannot be made ({error.strerror}); give another --run-dir.") from error
     manifests.write_text(layout.config_toml, arguments.target.read_text(encoding="utf-8"))
     manifests.write_text(layout.run_json, config.model_dump_json(indent=2) + "\n")
     logger.info("started the run %s", layout.root)

@@ -56,7 +56,7 @@ class ClusterRun:
 
     @property
     def config(self) -> RunConfig:
-        return RunConfig.from_json(self.layout.run_json.read_text(encoding="utf-8"))
+        return RunConfig.model_validate_json(self.layout.run_json.read_text(encoding="utf-8"))
 
     def submit(self, *options: str, target: Path | None = None) -> int:
         """`sbatch slurm/spin_iter.sh RUN_DIR`, and wait until that job has ended well; returns how many jobs it submitted."""
@@ -260,7 +260,7 @@ def fork(source: RunLayout, root: Path, *, removed: Sequence[str], tasks: Sequen
         values.get("run", {})["iterations"] = 1
         values.get("evaluate", {})["lm_eval_tasks"] = list(tasks)
         file.write_text(json.dumps(values), encoding="utf-8")
-    config = RunConfig.from_json(layout.run_json.read_text(encoding="utf-8"))
+    config = RunConfig.model_validate_json(layout.run_json.read_text(encoding="utf-8"))
     for ref in line(config):
         if ref.name in removed and (ref != StageRef("export", 0) or "export 0" in removed):
             shutil.rmtree(folder_of(layout, ref))

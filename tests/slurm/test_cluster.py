@@ -22,7 +22,7 @@ def test_each_iteration_is_one_chain_in_which_no_stage_needs_a_second_attempt(un
     chains = [[job.link for job in read_jobs(undisturbed.slurm_jobs(t))] for t in (0, 1)]
     every = ["build-engine", "generate", "merge", "train", "export", "evaluate", "advance"]
     assert chains == [["export", "prepare", *every], every]
-    config = RunConfig.from_json(undisturbed.run_json.read_text(encoding="utf-8"))
+    config = RunConfig.model_validate_json(undisturbed.run_json.read_text(encoding="utf-8"))
     attempts = {str(ref): sum(1 for _ in log_folder(undisturbed, ref).glob("attempt_*")) for ref in line(config)}
     assert attempts == {str(ref): 1 for ref in line(config)}
 

@@ -7,7 +7,7 @@ import pytest
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
-from spin_megatron.launch.loop import changes, open_or_start, open_run
+from spin_megatron.launch.loop import changes, open_as_changed, open_or_start, open_run
 from spin_megatron.pipeline import STAGES, StageRef, settings_of
 from spin_megatron.run.layout import RunLayout
 
@@ -52,6 +52,7 @@ def test_stop_epoch_is_the_whole_schedule_unless_given(tmp_path: Path) -> None:
         ("objective.beta=nan", r"objective\.beta\.float: Input should be a finite number"),
         ("optimizer.epsilon=inf", r"optimizer\.epsilon: Input should be a finite number"),
         ("train.stop_epoch=9", r"train\.stop_epoch=9 is beyond train\.schedule_epochs=2 in iteration 0"),
+        ("run.seed=18446744073709551616", r"run\.seed: Input should be less than 4294967296"),
         ("run.name=my/run", r"run\.name='my/run' must be 1 to 60 letters.*where the run lives is said by --run-dir"),
         ("run.name=..", r"run\.name='\.\.' must be"),
         ("run.name=a,b", r"run\.name='a,b' must be"),
@@ -111,7 +112,21 @@ def test_paths_are_relative_to_the_config_and_may_hold_spaces_and_quotes(tmp_pat
 
 def test_the_frozen_form_gives_the_same_config(tmp_path: Path) -> None:
     config = load_config(write(tmp_path), ["objective.beta=[0.1, 5.0]", "data.columns.id='row id'"])
-    assert RunConfig.from_json(config.model_dump_json()) == config
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_a_damaged_run_json_and_one_of_another_version_are_named(tmp_path: Path) -> None:
+    config, layout = load_config(write(tmp_path)), RunLayout(tmp_path)
+    layout.run_json.write_text(config.model_dump_json()[:50])
+    with pytest.raises(ValueError, match=r"run\.json is damaged \(Unterminated string"):
+        open_run(tmp_path)
+    layout.run_json.write_text(config.model_dump_json().replace('"seed"', '"sead"'))
+    with pytest.raises(ValueError, match=r"run\.json is not a valid config:\n  run\.sead: unknown key; did you mean seed\?"):
+        open_run(tmp_path)
+    layout.run_json.write_text(config.model_dump_json())
+    layout.changes_json.write_text("{")
+    with pytest.raises(ValueError, match=r"changes\.json is damaged"):
+        open_as_changed(tmp_path)
 
 
 def test_where_an_engine_is_started_and_how_much_at_a_time_may_change_in_a_started_run_and_its_engine_may_not(tmp_path: Path) -> None:

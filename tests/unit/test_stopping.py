@@ -148,6 +148,12 @@ def test_a_run_directory_beside_a_run_directory_is_refused(tmp_path: Path, capsy
     assert "leave --run-dir out" in capsys.readouterr().err
 
 
+def test_where_no_run_can_be_started_is_said(config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for root in (config_path, config_path / "below"):
+        assert main(["run", str(config_path), "--run-dir", str(root)]) == 2
+        assert f"the run directory {root} cannot be made" in capsys.readouterr().err
+
+
 def test_a_dry_run_prints_every_line_and_starts_nothing(config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "a run"
     assert main(["submit", str(config_path), "--run-dir", str(root), "--dry-run"]) == 0
