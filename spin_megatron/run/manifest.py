@@ -154,7 +154,7 @@ def digest_file(path: Path, tell: Callable[[], object] = lambda: None) -> str:
 
 
 def digest_tree(path: Path) -> str:
-    """Digest of a file's content, or of a folder's file names and contents; hidden files do not count."""
+    """Digest of a file's content, or of a folder's file names and contents; hidden files and folders, such as .git, do not count."""
     if path.is_file():
         return _digest_unchanged_file(path, *_size_and_time(path))
     return digest_values([(str(file.relative_to(path)), digest_tree(file)) for file in _files_of(path)])
@@ -166,7 +166,8 @@ def stamp_tree(path: Path) -> str:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    found = sorted(path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return [path for path in found if path.is_file()]
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
