@@ -7,8 +7,9 @@ import json
 import os
 import re
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,35 @@ def progress_of(layout: RunLayout, ref: StageRef) -> str:
     return manifests.digest_values(sorted(str(path.relative_to(folder)) for path in kept))
 
 
-def failures_in_a_row(layout: RunLayout, ref: StageRef | str) -> int:
-    """How often a stage (or `advance T`) failed without getting further, since its last planned stop or a person's last submission."""
-    count, progress = 0, None
+@dataclass(frozen=True)
+class Failures:
+    """Of a stage (or `advance T`): how often it failed without getting further, since its last planned stop or a person's last submission.
+
+    reason: of the last failure of all, "" while there was none. progress: what the stage had kept then.
+    """
+
+    in_a_row: int = 0
+    reason: str = ""
+    progress: str | None = None
+
+
+def read_failures(layout: RunLayout) -> defaultdict[str, Failures]:
+    """The failures of every stage, by name."""
+    found: defaultdict[str, Failures] = defaultdict(Failures)
     for event in read_events(layout):
-        if event["event"] == "submitted" or (event["event"] == "stopped" and event["ref"] == str(ref)):
-            count = 0
-        elif event["event"] == "failed" and event["ref"] == str(ref):
-            count = count + 1 if event.get("progress") == progress else 1
-            progress = event.get("progress")
-    return count
+        before, progress = found[event["ref"]], event.get("progress")
+        if event["event"] == "submitted":
+            found.update({name: replace(failures, in_a_row=0) for name, failures in found.items()})
+        elif event["event"] == "stopped":
+            found[event["ref"]] = replace(before, in_a_row=0)
+        else:
+            found[event["ref"]] = Failures(before.in_a_row + 1 if progress == before.progress else 1, event["reason"], progress)
+    return found
+
+
+def failures_in_a_row(layout: RunLayout, ref: StageRef | str) -> int:
+    """Failures.in_a_row of one stage."""
+    return read_failures(layout)[str(ref)].in_a_row
 
 
 def read_events(layout: RunLayout) -> list[dict[str, str]]:
@@ -155,10 +175,10 @@ def stop_reason(config: RunConfig, layout: RunLayout) -> str | None:
     caps: dict[StageRef | str, int] = dict.fromkeys(missing, config.slurm.max_failures)
     caps[submission_name(missing)] = MAX_SUBMISSION_FAILURES
     advice = f"mend the cause, then: bash slurm/spin_iter.sh {str(layout.root)!r}"
+    failures = read_failures(layout)
     for ref, cap in caps.items():
-        if failures_in_a_row(layout, ref) >= cap:
-            reason = [event["reason"] for event in read_events(layout) if event["ref"] == str(ref) and event["event"] == "failed"][-1]
-            return f"{ref} failed {cap} times in a row, last: {reason}; {advice}"
+        if failures[str(ref)].in_a_row >= cap:
+            return f"{ref} failed {cap} times in a row, last: {failures[str(ref)].reason}; {advice}"
     barren = _read_progress(layout)["barren"]
     if barren < config.slurm.max_failures:
         return None

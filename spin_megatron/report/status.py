@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_megatron.config import RunConfig
-from spin_megatron.launch.failures import failures_in_a_row, last_logged_error, read_events, slurms_reason, stop_reason, submission_name
+from spin_megatron.launch.failures import last_logged_error, read_failures, slurms_reason, stop_reason, submission_name
 from spin_megatron.launch.slurm import ADVANCE, SubmittedJob, active_jobs, read_jobs
 from spin_megatron.pipeline import STAGES, StageRef, early_stop, folder_of, is_running, line, log_folder, made_in, missing_stages, state_of
 from spin_megatron.report.overview import benchmarks, warnings
@@ -95,7 +95,7 @@ def read_queue(layout: RunLayout) -> Queue:
 def stage_rows(config: RunConfig, layout: RunLayout, queue: Queue | None = None) -> list[dict[str, Any]]:
     """One row a stage: name, iteration, shard, state, jobs, attempts, last error, when it finished, its summary."""
     queue = queue or Queue()
-    failures = {event["ref"]: event["reason"] for event in read_events(layout) if event["event"] == "failed"}
+    failures = read_failures(layout)
     rows, stop = [], early_stop(config, layout)
     for ref in line(config):
         manifest = read_manifest(folder_of(layout, ref))
@@ -103,7 +103,7 @@ def stage_rows(config: RunConfig, layout: RunLayout, queue: Queue | None = None)
         if manifest is None and stop is not None and made_in(ref) > stop.iteration:
             state = NOT_NEEDED
         logs = log_folder(layout, ref)
-        error = None if manifest else failures.get(str(ref)) or slurms_reason(layout, ref) or last_logged_error(logs / "latest")
+        error = None if manifest else failures[str(ref)].reason or slurms_reason(layout, ref) or last_logged_error(logs / "latest")
         rows.append(
             {
                 "stage": ref.name,
@@ -112,7 +112,7 @@ def stage_rows(config: RunConfig, layout: RunLayout, queue: Queue | None = None)
                 "state": state,
                 "jobs": _elements(ref, queue),
                 "attempts": sum(1 for _ in logs.glob("attempt_*")),
-                "failures_in_a_row": 0 if manifest else failures_in_a_row(layout, ref),
+                "failures_in_a_row": 0 if manifest else failures[str(ref)].in_a_row,
                 "last_error": error,
                 "finished_at": manifest.finished_at if manifest else None,
                 "summary": manifest.summary if manifest else {},
@@ -145,9 +145,8 @@ def _view(config: RunConfig, layout: RunLayout) -> Group:
     if waiting:
         notes.append(Text(f"goes on with: {', '.join(waiting)}", style="dim"))
     missing = missing_stages(config, layout)
-    if missing and (count := failures_in_a_row(layout, name := submission_name(missing))):
-        error = [event["reason"] for event in read_events(layout) if event["ref"] == name][-1]
-        notes.append(Text(f"{name}: {count} failed submissions in a row, last error: {error}", style="yellow"))
+    if missing and (failures := read_failures(layout)[name := submission_name(missing)]).in_a_row:
+        notes.append(Text(f"{name}: {failures.in_a_row} failed submissions in a row, last error: {failures.reason}", style="yellow"))
     if queue.problem:
         notes.append(Text(queue.problem, style="yellow"))
     if (reason := why_stopped(config, layout)) is not None:
