@@ -5,8 +5,8 @@ This module stands in Megatron Core's layer where its DotProductAttention would,
 A pair laid out as [x | y | y'] is three branches x, x->y, x->y'; no mask over the whole pack is ever made.
 
 Backends, chosen by `choose_backend` with a reason that is logged:
-- cpu_flash: torch's CPU flash kernel, branch by branch. A branch with a prefix is two unmasked calls (prefix, itself)
-  merged by their log-sum-exp; the flash backward of each part is exact when given the merged output and log-sum-exp.
+- cpu_flash: torch's CPU flash kernel. A branch with a prefix meets it and itself in two calls, merged by their log-sum-exp; branches
+  that share a prefix meet it in one. The flash backward of each call is exact when given the merged output and log-sum-exp.
   Keys and values are neither copied nor repeated for grouped queries. SmolLM2's heads, three pairs of 690 tokens, one thread,
   forward and backward: 94 ms and 12 MiB kept; `sdpa` 105 ms and 18 MiB; Megatron Core's local attention under a block mask, which
   cannot share the prompt, 1588 ms and 219 MiB.
@@ -31,10 +31,10 @@ from torch import Tensor
 
 from spin_megatron.mcore.context import ContextPlan, gather_pack, plan_context
 from spin_megatron.mcore.rotary import rotate
+from spin_megatron.mcore.sdpa import attend_by_branch, attend_with_cpu_flash
 from spin_megatron.mcore.varlen import PlanCache, VarlenPlan, branch_keys, gather_keys
 
 BackendName = Literal["cpu_flash", "flash_attn", "transformer_engine", "torch_varlen", "sdpa"]
-Branch = tuple[int, int, int, int]
 _VARLEN: tuple[BackendName, ...] = ("flash_attn", "torch_varlen", "transformer_engine")
 
 
@@ -166,10 +166,8 @@ class BranchAttention(torch.nn.Module):
             context_TND = self._varlen(query_TND, key_TGD, value_TGD, self.plans.get(branches_B4, query.device))
         else:
             branches = [(prefix_start, prefix, start, length) for prefix_start, prefix, start, length in branches_B4.tolist()]
-            if self.backend.name == "cpu_flash":
-                context_TND = _CpuFlash.apply(query_TND, key_TGD, value_TGD, branches, self.scale, self.window)
-            else:
-                context_TND = attend_by_branch(query_TND, key_TGD, value_TGD, branches, scale=self.scale, window=self.window)
+            attend = attend_with_cpu_flash if self.backend.name == "cpu_flash" else attend_by_branch
+            context_TND = attend(query_TND, key_TGD, value_TGD, branches, scale=self.scale, window=self.window)
         return context_TND.reshape(query.shape[0], 1, -1)
 
     def _share(
@@ -283,134 +281,3 @@ def _add_in_one_order(node: Any) -> None:
 
     node.register_prehook(begin)
     node.register_hook(end)
-
-
-def attend_by_branch(
-    query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, branches: list[Branch], *, scale: float, window: int | None
-) -> Tensor:
-    """Attend with scaled_dot_product_attention, one call a branch; [T, N, D]. Any device and dtype; differentiable."""
-    contexts: list[Tensor] = []
-    for prefix_start, prefix, start, length in branches:
-        own, before = slice(start, start + length), slice(prefix_start, prefix_start + prefix)
-        query_1NLD = _heads_first(query_TND[own])
-        key_1GLD, value_1GLD = (
-            _heads_first(torch.cat((tensor[before], tensor[own])) if prefix else tensor[own]) for tensor in (key_TGD, value_TGD)
-        )
-        mask = visible_mask(prefix, length, window, query_TND.device) if prefix or _is_cut(prefix + length, window) else None
-        is_grouped = query_1NLD.shape[1] != key_1GLD.shape[1]
-        context_1NLD = F.scaled_dot_product_attention(
-            query_1NLD, key_1GLD, value_1GLD, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=is_grouped
-        )
-        contexts.append(context_1NLD.squeeze(0).transpose(0, 1))
-    used = branches[-1][2] + branches[-1][3]
-    contexts.append(query_TND.new_zeros((query_TND.shape[0] - used, *query_TND.shape[1:])))
-    return torch.cat(contexts)
-
-
-def visible_mask(prefix: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool [length, prefix + length]: which keys of (prefix, itself) each token of a branch sees."""
-    query_positions = torch.arange(prefix, prefix + length, device=device)[:, None]
-    distance = query_positions - torch.arange(prefix + length, device=device)[None, :]
-    return (distance >= 0) & (distance < window) if window is not None else distance >= 0
-
-
-def _is_cut(length: int, window: int | None) -> bool:
-    """Whether the window hides anything in a sequence of this length."""
-    return window is not None and length > window
-
-
-def _heads_first(tensor_LND: Tensor) -> Tensor:
-    """[L, N, D] seen as [1, N, L, D]."""
-    return tensor_LND.transpose(0, 1).unsqueeze(0)
-
-
-class _CpuFlash(torch.autograd.Function):
-    """All branches of a pack with torch's CPU flash kernel; saves query, key, value, output and one log-sum-exp a row and head.
-
-    For a branch with a prefix, softmax over (prefix, itself) is two softmaxes joined: with l = log(exp(l1) + exp(l2)),
-    out = exp(l1 - l) out1 + exp(l2 - l) out2. The kernel's backward forms P = exp(S - l) and dS = P (dP - sum(dout * out)), so given the
-    joined out and l each part's call returns its exact dK and dV and its share of dQ.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, branches: list[Branch], scale: float, window: int | None
-    ) -> Tensor:
-        context_TND = _for_branches(query_TND, branches)
-        lse_of_branches: list[Tensor] = []
-        for branch in branches:
-            own = slice(branch[2], branch[2] + branch[3])
-            context, lse = _flash_branch(query_TND[own], key_TGD, value_TGD, branch, scale, window)
-            context_TND[own] = context
-            lse_of_branches.append(lse)
-        ctx.save_for_backward(query_TND, key_TGD, value_TGD, context_TND, *lse_of_branches)
-        ctx.branches, ctx.scale, ctx.window = branches, scale, window
-        return context_TND
-
-    @staticmethod
-    def backward(ctx: Any, grad_TND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query_TND, key_TGD, value_TGD, context_TND, *lse_of_branches = ctx.saved_tensors
-        dquery_TND = _for_branches(query_TND, ctx.branches)
-        dkey_TGD, dvalue_TGD = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (key_TGD, value_TGD))
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
-        for branch, lse_1NL in zip(ctx.branches, lse_of_branches, strict=True):
-            own = slice(branch[2], branch[2] + branch[3])
-            grad, query, context = (_heads_first(t[own]) for t in (grad_TND, query_TND, context_TND))
-            for number, (keys, is_causal, mask) in enumerate(_parts(branch, ctx.window, query)):
-                key, value = (_heads_first(_taken(tensor, keys)) for tensor in (key_TGD, value_TGD))
-                parts = backward(grad, query, key, value, context, lse_1NL, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
-                dquery, dkey, dvalue = (part.squeeze(0).transpose(0, 1) for part in parts)
-                dquery_TND[own] = dquery if number == 0 else dquery_TND[own].add_(dquery)
-                _add_back(dkey_TGD, keys, dkey)
-                _add_back(dvalue_TGD, keys, dvalue)
-        return dquery_TND, dkey_TGD, dvalue_TGD, None, None, None
-
-
-def _for_branches(like_TND: Tensor, branches: list[Branch]) -> Tensor:
-    """Room for what every branch writes, 0 behind the last one (branches follow each other without a gap)."""
-    made = torch.empty(like_TND.shape, dtype=like_TND.dtype, device=like_TND.device)
-    made[branches[-1][2] + branches[-1][3] :].zero_()
-    return made
-
-
-def _flash_branch(
-    query_LND: Tensor, key_TGD: Tensor, value_TGD: Tensor, branch: Branch, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """(context [L, N, D], log-sum-exp [1, N, L] fp32) of one branch."""
-    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 (scaled_dot_product_attention hides the log-sum-exp)
-    query = _heads_first(query_LND)
-    results = []
-    for keys, is_causal, mask in _parts(branch, window, query):
-        key, value = (_heads_first(_taken(tensor, keys)) for tensor in (key_TGD, value_TGD))
-        results.append(forward(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale))
-    context, lse = results[0]
-    if len(results) == 2:
-        (context_1, lse_1), (context_2, lse_2) = results
-        lse = torch.logaddexp(lse_1, lse_2)
-        weight_1, weight_2 = ((part - lse).exp_().unsqueeze(-1) for part in (lse_1, lse_2))
-        context = context_1 * weight_1 + context_2 * weight_2  # fp32, as the weights are; rounded once when it is stored
-    return context.squeeze(0).transpose(0, 1), lse
-
-
-def _parts(branch: Branch, window: int | None, query: Tensor) -> list[tuple[list[slice], bool, Tensor | None]]:
-    """The kernel calls of a branch: (key ranges, is_causal, additive mask)."""
-    prefix_start, prefix, start, length = branch
-    before, own = slice(prefix_start, prefix_start + prefix), slice(start, start + length)
-    if _is_cut(prefix + length, window):
-        visible = visible_mask(prefix, length, window, query.device)
-        mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
-        return [([before, own], False, mask[None, None])]
-    return ([([before], False, None)] if prefix else []) + [([own], True, None)]
-
-
-def _taken(tensor_TGD: Tensor, keys: list[slice]) -> Tensor:
-    """The rows of the ranges; a view where there is only one."""
-    return tensor_TGD[keys[0]] if len(keys) == 1 else torch.cat([tensor_TGD[part] for part in keys])
-
-
-def _add_back(gradient_TGD: Tensor, keys: list[slice], gradient_LGD: Tensor) -> None:
-    offset = 0
-    for part in keys:
-        count = part.stop - part.start
-        gradient_TGD[part] += gradient_LGD[offset : offset + count]
-        offset += count

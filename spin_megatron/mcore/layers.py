@@ -152,8 +152,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         scale = hidden.new_empty((*hidden.shape[:-1], 1), dtype=_at_least_float32(hidden[:0]).dtype)
-        for rows in row_blocks(hidden):
-            scale[rows] = _at_least_float32(hidden[rows]).square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        for hidden_rows, scale_rows in row_blocks(hidden, scale):
+            scale_rows.copy_(_at_least_float32(hidden_rows).square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_())
         ctx.save_for_backward(hidden, weight_H, scale)
         normed = torch.empty_like(hidden)
         _RmsNorm.fill(normed, hidden, weight_H, scale)
@@ -162,22 +162,22 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def fill(normed: Tensor, hidden: Tensor, weight_H: Tensor, scale: Tensor) -> None:
         """Write the output from what forward saved."""
-        for rows in row_blocks(hidden):
-            torch.mul(hidden[rows], scale[rows], out=normed[rows]).mul_(weight_H)
+        for hidden_rows, scale_rows, normed_rows in row_blocks(hidden, scale, normed):
+            torch.mul(hidden_rows, scale_rows, out=normed_rows).mul_(weight_H)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         hidden, weight_H, scale = ctx.saved_tensors
         wide_weight_H = weight_H.to(scale.dtype)
         dhidden, dweight_H = torch.empty_like(hidden), torch.zeros_like(wide_weight_H)
-        for rows in row_blocks(hidden):
-            normed = hidden[rows] * scale[rows]
-            grad_normed = grad[rows].to(scale.dtype, copy=True)
+        for hidden_rows, scale_rows, grad_rows, dhidden_rows in row_blocks(hidden, scale, grad, dhidden):
+            normed = hidden_rows * scale_rows
+            grad_normed = grad_rows.to(scale.dtype, copy=True)
             if ctx.needs_input_grad[1]:  # beside LoRA adapters the weight is frozen
                 dweight_H += (grad_normed * normed).flatten(0, -2).sum(dim=0)
             grad_normed *= wide_weight_H
             shared = (grad_normed * normed).mean(dim=-1, keepdim=True)
-            torch.mul(grad_normed.addcmul_(normed, shared, value=-1), scale[rows], out=dhidden[rows])
+            torch.mul(grad_normed.addcmul_(normed, shared, value=-1), scale_rows, out=dhidden_rows)
         return dhidden, dweight_H.to(weight_H.dtype) if ctx.needs_input_grad[1] else None, None
 
 
@@ -215,17 +215,14 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def fill(activated: Tensor, gate_up: Tensor) -> None:
         """Write the output from what forward saved."""
-        for rows in row_blocks(gate_up):
-            gate, up = gate_up[rows].chunk(2, dim=-1)
-            torch.ops.aten.silu.out(gate, out=activated[rows]).mul_(up)
+        for gate, up, activated_rows in row_blocks(*gate_up.chunk(2, dim=-1), activated):
+            torch.ops.aten.silu.out(gate, out=activated_rows).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (gate_up,) = ctx.saved_tensors
         dgate_up = torch.empty_like(gate_up)
-        for rows in row_blocks(gate_up):
-            gate, up = gate_up[rows].chunk(2, dim=-1)
-            dgate, dup = dgate_up[rows].chunk(2, dim=-1)
-            torch.mul(grad[rows], F.silu(gate), out=dup)
-            torch.ops.aten.silu_backward.grad_input(grad[rows] * up, gate, grad_input=dgate)
+        for gate, up, grad_rows, dgate, dup in row_blocks(*gate_up.chunk(2, dim=-1), grad, *dgate_up.chunk(2, dim=-1)):
+            torch.mul(grad_rows, F.silu(gate), out=dup)
+            torch.ops.aten.silu_backward.grad_input(grad_rows * up, gate, grad_input=dgate)
         return dgate_up

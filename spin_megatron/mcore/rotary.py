@@ -82,17 +82,17 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(heads_TND: Tensor, table_2T1D: Tensor, sign: int) -> Tensor:
     rotated_TND = torch.empty(heads_TND.shape, dtype=heads_TND.dtype, device=heads_TND.device)
-    for rows in row_blocks(heads_TND):
-        cosine, sine = table_2T1D[:, rows].to(heads_TND.dtype)
-        first, second = heads_TND[rows].chunk(2, dim=-1)
-        rotated_first, rotated_second = rotated_TND[rows].chunk(2, dim=-1)
+    for heads, rotated, cosine, sine in row_blocks(heads_TND, rotated_TND, *table_2T1D.to(heads_TND.dtype)):
+        first, second = heads.chunk(2, dim=-1)
+        rotated_first, rotated_second = rotated.chunk(2, dim=-1)
         torch.mul(first, cosine, out=rotated_first).addcmul_(second, sine, value=-sign)
         torch.mul(second, cosine, out=rotated_second).addcmul_(first, sine, value=sign)
     return rotated_TND
 
 
-def row_blocks(tensor: Tensor) -> Iterator[slice]:
-    """Rows that are worked on at a time: on a CPU few enough that what lies between two operators stays in its cache."""
-    num_rows = tensor.shape[0]
-    block = max(1, BLOCK_NUMBERS * num_rows // max(1, tensor.numel())) if tensor.device.type == "cpu" else max(1, num_rows)
-    return (slice(start, min(start + block, num_rows)) for start in range(0, num_rows, block))
+def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each tensor, a block at a time: on a CPU so few of the first that what lies between operators stays in the cache."""
+    first, num_rows = tensors[0], max(1, tensors[0].shape[0])
+    block = max(1, BLOCK_NUMBERS * num_rows // max(1, first.numel())) if first.device.type == "cpu" else num_rows
+    # Views are made in one call a tensor: slices of slices for each operator took as long as the operators of a small block.
+    return zip(*(tensor.split(block) for tensor in tensors), strict=True)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from spin_megatron.data.batches import make_batch
-from spin_megatron.mcore.attention import Backend, BackendName, BranchAttention, attend_by_branch
+from spin_megatron.mcore.attention import Backend, BackendName, BranchAttention
 from spin_megatron.mcore.layers import choose_layer_spec
 from spin_megatron.mcore.optimizer import UpdateRule
 from spin_megatron.mcore.runtime import running
+from spin_megatron.mcore.sdpa import attend_by_branch
 from spin_megatron.mcore.training import Objective, train_step
 from spin_megatron.mcore.varlen import PlanCache
 from spin_megatron.objective.logprobs import sequence_sums

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from spin_megatron.mcore.attention import attend_by_branch
 from spin_megatron.mcore.context import own_tokens, plan_context
+from spin_megatron.mcore.sdpa import attend_by_branch
 from spin_megatron.mcore.varlen import gather_keys
 
 # Two pairs and a sequence; tokens 29, 30 and 31 are padding.

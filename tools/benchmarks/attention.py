@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from spin_megatron.data.batches import PackBatch, make_batch, pair_tokens
-from spin_megatron.mcore.attention import Backend, BackendName, BranchAttention, attend_by_branch, choose_backend
+from spin_megatron.mcore.attention import Backend, BackendName, BranchAttention, choose_backend
 from spin_megatron.mcore.runtime import running
+from spin_megatron.mcore.sdpa import attend_by_branch
 from spin_megatron.mcore.varlen import PlanCache
 from spin_megatron.plan.shape import ParallelLayout
 from spin_megatron.run.records import SpinPair
