@@ -40,8 +40,14 @@ class PackBatch:
 
     def to(self, device: torch.device) -> "PackBatch":
         """The batch on a device. Branches and lengths stay on the CPU: they steer the host, and reading them must not wait for the GPU."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens_T", "positions_T", "rows_R", "targets_R")}
-        return replace(self, **moved)
+        return replace(
+            self,
+            tokens_T=to_device(self.tokens_T, device),
+            positions_T=to_device(self.positions_T, device),
+            rows_R=to_device(self.rows_R, device),
+            targets_R=to_device(self.targets_R, device),
+            lengths_Q=self.lengths_Q.pin_memory(),  # the loss copies them from there
+        )
 
     def without_padding(self, unit: int) -> "PackBatch":
         """The batch without the padding behind its branches, but for what makes its tokens a multiple of `unit` (at least one of it)."""
@@ -49,10 +55,11 @@ class PackBatch:
         kept = max(1, -(-used // unit)) * unit
         return replace(self, tokens_T=self.tokens_T[:kept], positions_T=self.positions_T[:kept])
 
-    def pin(self) -> "PackBatch":
-        """The batch in page-locked memory, from which `to` copies while the GPU computes."""
-        pinned = {name: getattr(self, name).pin_memory() for name in ("tokens_T", "positions_T", "rows_R", "targets_R")}
-        return replace(self, **pinned)
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device. To an accelerator it goes by way of page-locked memory: any other is copied only after all that the
+    device was given before (CUDA's "API synchronization behavior"), for which the host would wait."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from spin_megatron.convert.families import Fetch, global_name, megatron_shard, padded_vocab
 from spin_megatron.convert.hf_io import HfFolder, check_tensors
+from spin_megatron.data.batches import to_device
 from spin_megatron.mcore.attention import choose_backend
 from spin_megatron.mcore.context import own_tokens, sum_rows
 from spin_megatron.mcore.embedding import embed, share_with_head
@@ -90,7 +91,7 @@ class SpinModel(GPTModel):
         own_T = None
         if self.config.context_parallel_size > 1:
             group = self.pg_collection.cp
-            own_T = own_tokens(tokens_1T.shape[1], group.size(), group.rank()).to(tokens_1T.device, non_blocking=True)
+            own_T = to_device(own_tokens(tokens_1T.shape[1], group.size(), group.rank()), tokens_1T.device)
             tokens_1T, positions_1T = tokens_1T[:, own_T], positions_1T[:, own_T]
         embedded_T1H = self.embedding(input_ids=tokens_1T, position_ids=positions_1T) if self.pre_process else None
         hidden_T1H: Tensor = self.decoder(

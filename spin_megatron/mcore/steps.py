@@ -91,7 +91,7 @@ def on_device(batches: Iterable[PackBatch], device: torch.device) -> Iterator[Pa
         return
     ahead: PackBatch | None = None
     for batch in batches:
-        coming = batch.pin().to(device)
+        coming = batch.to(device)
         if ahead is not None:
             yield ahead
         ahead = coming

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spin_megatron.data.batches import to_device
+
 Plan = TypeVar("Plan")
 
 
@@ -50,8 +52,8 @@ class KeyGather:
     @classmethod
     def of(cls, source_K: Tensor, device: torch.device) -> "KeyGather":
         """Plan the gather of these tokens, int64 on the CPU."""
-        copies = tuple((tokens.to(device, non_blocking=True), places.to(device, non_blocking=True)) for tokens, places in _copies(source_K))
-        return cls(source_K.to(device, non_blocking=True), copies)
+        copies = tuple((to_device(tokens, device), to_device(places, device)) for tokens, places in _copies(source_K))
+        return cls(to_device(source_K, device), copies)
 
 
 def plan_varlen(branches_B4: Tensor, device: torch.device) -> VarlenPlan:
@@ -61,16 +63,13 @@ def plan_varlen(branches_B4: Tensor, device: torch.device) -> VarlenPlan:
     assert torch.equal(start_B, ends_B - length_B), "branches must cover the pack's first tokens in order"
     keys_B = prefix_B + length_B
 
-    def on_device(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
     keys = None
     if int(prefix_B.max()) > 0:
         ranges = branches_B4.reshape(-1, 2).tolist()  # (prefix_start, prefix_length) and (start, length) of each branch in turn
         keys = KeyGather.of(torch.cat([torch.arange(start, start + count) for start, count in ranges]), device)
     return VarlenPlan(
-        cu_queries_B1=on_device(F.pad(ends_B, (1, 0)).to(torch.int32)),
-        cu_keys_B1=on_device(F.pad(keys_B.cumsum(0), (1, 0)).to(torch.int32)),
+        cu_queries_B1=to_device(F.pad(ends_B, (1, 0)).to(torch.int32), device),
+        cu_keys_B1=to_device(F.pad(keys_B.cumsum(0), (1, 0)).to(torch.int32), device),
         max_queries=int(length_B.max()),
         max_keys=int(keys_B.max()),
         used=int(ends_B[-1]),

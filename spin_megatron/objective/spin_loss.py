@@ -169,4 +169,5 @@ def _token_counts(lengths_P2: Tensor | None, like_P2: Tensor) -> Tensor:
     if lengths_P2 is None:
         raise ValueError("objective.length_normalised and objective.nll_weight divide by response lengths: pass lengths_P2.")
     assert lengths_P2.shape == like_P2.shape, (lengths_P2.shape, like_P2.shape)
-    return lengths_P2.to(device=like_P2.device, dtype=like_P2.dtype, non_blocking=True).clamp(min=1)
+    # Converted there: a copy made here would not be page-locked.
+    return lengths_P2.to(like_P2.device, non_blocking=True).to(like_P2.dtype).clamp(min=1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spin_megatron.data.batches import ScoringSequence, attention_cost, make_batch, make_scoring_batch, pair_tokens, sequence_tokens
+from spin_megatron.mcore.varlen import plan_varlen
 from spin_megatron.run.records import SpinPair
 
 PAIR = SpinPair("p", prompt_ids=(11, 12, 13), real_ids=(21, 22), generated_ids=(31, 32, 33), made_in_iteration=0)
@@ -79,3 +80,27 @@ def test_attention_cost_counts_query_key_products() -> None:
     # shared: x 3 rows: 1+2+3; y 1 row: 3+1; y' 2 rows: (3+1)+(3+2). unshared: 1+2+3+4 and 1+2+3+4+5.
     assert attention_cost(PAIR, share_prompt=True) == 6 + 4 + 9
     assert attention_cost(PAIR, share_prompt=False) == 10 + 15
+
+
+def test_all_that_an_accelerator_is_given_of_a_pack_is_copied_from_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    copy = torch.Tensor.to
+
+    def copied(tensor: torch.Tensor, target: object, **kwargs: bool) -> torch.Tensor:
+        assert target != torch.device("meta") or (kwargs == {"non_blocking": True} and any(tensor is held for held in pinned))
+        return copy(tensor, target, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    batch = make_batch([PAIR], pack_tokens=16, pad_id=0, share_prompt=True).to(torch.device("meta"))
+    assert {tensor.device.type for tensor in (batch.tokens_T, batch.positions_T, batch.rows_R, batch.targets_R)} == {"meta"}
+    assert batch.branches_B4.device.type == "cpu"
+    assert any(batch.lengths_Q is held for held in pinned)
+    plan = plan_varlen(batch.branches_B4, torch.device("meta"))
+    assert plan.keys is not None
+    assert plan.cu_keys_B1.device == plan.keys.source_K.device == torch.device("meta")
