@@ -167,7 +167,8 @@ def _answer(engine: Engine, parts: Sequence[Part], sampling: Sampling, context: 
                 break
     unanswered = len(prompts) - counts.num_responses
     if unanswered and context.stop_requested():
-        logger.info("stopped on request with %d answers to go; what is answered is kept", unanswered)
+        kept = num_done + sum(len(part.prompts) for part in parts if part.path.exists())
+        logger.info("stopped on request: %d of %d answers are kept, in whole parts", kept, num_done + len(prompts))
         return {"stopped": True}
     if unanswered:
         raise RuntimeError(f"the engine left {unanswered} prompts unanswered.")

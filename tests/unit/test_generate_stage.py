@@ -117,13 +117,17 @@ def test_a_shard_s_files_are_the_same_bytes_on_every_run(base: Path, tmp_path: P
     assert len(contents[0]) == 4  # 15 rows in parts of 4
 
 
-def test_a_shard_that_was_stopped_keeps_its_parts_and_answers_the_rest(base: Path, expected: list[GeneratedRow], tmp_path: Path) -> None:
+def test_a_shard_that_was_stopped_keeps_its_parts_and_answers_the_rest(
+    base: Path, expected: list[GeneratedRow], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="spin_megatron")
     context = make_run(tmp_path / "run", base, make_config())
     first = context.layout.part(0, 0, 0)
     stopped = generate.run(replace(context, stop_requested=first.exists))
     assert stopped.stopped
     kept = {path: path.stat().st_mtime_ns for path in context.layout.shard(0, 0).glob("part_*.parquet")}
     assert 1 <= len(kept) < 4
+    assert f"stopped on request: {4 * len(kept)} of 15 answers are kept, in whole parts" in caplog.text
     output = generate.run(context)
     assert answers(output) == expected
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
