@@ -56,7 +56,7 @@ def load(spec: EngineSpec, _folder: Path, _work: Path, *, decoder_type: type[Dec
     from transformers import AutoModelForCausalLM
 
     shape, device = ModelShape.from_huggingface(spec.model), _device(spec)
-    with _no_weight_bar():
+    with no_weight_bar():
         model = AutoModelForCausalLM.from_pretrained(
             spec.model, dtype=getattr(torch, spec.dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
@@ -68,7 +68,7 @@ def load(spec: EngineSpec, _folder: Path, _work: Path, *, decoder_type: type[Dec
 
 
 @contextmanager
-def _no_weight_bar() -> Iterator[None]:
+def no_weight_bar() -> Iterator[None]:
     """Keep transformers' bar over weight tensors off the terminal, where the stage has its own."""
     from transformers.utils import logging as transformers_logging
 

@@ -159,9 +159,12 @@ def _largest_probe_difference(context: StageContext, folder: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from spin_megatron.generation.hf_loop import no_weight_bar
+
     t = context.iteration - 1
     pairs = {pair.pair_id: pair for pair in read_rows(context.layout.held_out_pairs(t), SpinPair)}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, context.config.train.dtype), local_files_only=True)
+    with no_weight_bar():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, context.config.train.dtype), local_files_only=True)
     largest = 0.0
     for score in read_rows(context.layout.probe(t), ReferenceScore):
         pair = pairs[score.pair_id]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from spin_megatron.config_file import load_config
 from spin_megatron.convert.torch_dist import hf_to_torch_dist
@@ -16,7 +17,9 @@ from spin_megatron.pipeline import StageRef, execute
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest, verify_outputs, write_text
-from spin_megatron.stages.export import base_folder, training_facts
+from spin_megatron.run.records import ReferenceScore, SpinPair, write_rows
+from spin_megatron.stages.context import StageContext
+from spin_megatron.stages.export import _largest_probe_difference, base_folder, training_facts
 from spin_megatron.stages.prepare import preview
 from tests.tiny_run import make_tiny_run
 
@@ -53,6 +56,24 @@ def test_a_converted_checkpoint_can_be_the_base_model(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (layout.theta(0) / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
     assert ModelShape.from_huggingface(layout.theta(0)) == ModelShape.from_huggingface(tmp_path / "model")
+
+
+def test_a_trained_model_is_reloaded_for_the_comparison_without_a_bar_of_transformers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, layout = load_config(make_tiny_run(tmp_path)), RunLayout(tmp_path / "run")
+    pair = SpinPair("0:a", (5, 6, 7), (8, 9), (10,), 0)
+    write_rows(layout.held_out_pairs(0), [pair], SpinPair)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    with torch.no_grad():
+        logp_V = torch.log_softmax(model(torch.tensor([pair.prompt_ids])).logits[0, -1].double(), -1)
+        logp_2V = torch.log_softmax(model(torch.tensor([[*pair.prompt_ids, 8]])).logits[0, -2:].double(), -1)
+    real, generated = float(logp_2V[0, 8] + logp_2V[1, 9]), float(logp_V[10])
+    write_rows(layout.probe(0), [ReferenceScore("0:a", real + 0.5, generated, 2, 1)], ReferenceScore)
+    capfd.readouterr()
+    # Half a nat over two tokens.
+    assert _largest_probe_difference(StageContext(config, layout, 1), tmp_path / "model") == pytest.approx(0.25, abs=1e-5)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_base_model_that_lacks_a_weight_file_is_refused_by_name(tmp_path: Path) -> None:
