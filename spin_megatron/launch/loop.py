@@ -17,7 +17,7 @@ from spin_megatron.data.sources import FILE_TYPES, is_commit
 from spin_megatron.generation.engine import EXTERNAL, Environment, provider
 from spin_megatron.launch.gpus import pool_for
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
-from spin_megatron.pipeline import STAGES, StageRef, early_stop, folder_of, line, log_folder, made_in, redo, require_current
+from spin_megatron.pipeline import STAGES, StageRef, early_stop, folder_of, line, log_folder, made_in, missing_stages, redo, require_current
 from spin_megatron.plan.command import check_config_fits, check_model, shape_on_this_machine
 from spin_megatron.plan.hardware import find_gpu
 from spin_megatron.plan.precision import PRECISIONS, check_capability
@@ -40,6 +40,8 @@ def check(arguments: argparse.Namespace) -> int:
     if Path(config.model.path).is_dir():
         importlib.import_module("spin_megatron.stages.export").check_folder(Path(config.model.path))
     examine_engine(config)
+    if config.evaluate.lm_eval_tasks and not config.slurm.stages:  # the Python of a cluster's ranks is another
+        _check_harness()
     is_here = Path(config.model.path).is_dir() and Path(config.data.source).exists()
     example = importlib.import_module("spin_megatron.stages.prepare").preview(config) if is_here else None
     print_line(config)
@@ -65,6 +67,11 @@ def examine_engine(config: RunConfig) -> None:
         found = chosen.examine(config.generate.options, environment, Path(folder))
     if found:
         logger.info("engine %s: %s", config.generate.engine, found)
+
+
+def _check_harness() -> None:
+    """Find out now, and not when the first iteration is trained. Raises ValueError when lm-evaluation-harness is not installed."""
+    importlib.import_module("spin_megatron.stages.benchmark").harness_version()
 
 
 def check_config(config: RunConfig) -> None:
@@ -133,6 +140,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.redo:
         for ref in redo(config, layout, _parse_ref(arguments.redo)):
             logger.info("moved aside: %s", ref)
+    if any(ref.name == "benchmark" for ref in missing_stages(config, layout)):
+        _check_harness()
     refs = line(config)
     with Launcher() as launcher:
         for number, ref in enumerate(refs, start=1):
@@ -171,7 +180,9 @@ def _run_group(launcher: Launcher, config: RunConfig, layout: RunLayout, group: 
     failed = [(ref, code) for ref, code in zip(missing, codes, strict=True) if code != DONE]
     for ref, code in failed:
         log_file = log_folder(layout, ref) / "latest" / "rank_0.log"
-        logger.error("%s %s (exit code %d); log: %s", ref, _OUTCOMES.get(code, "failed"), code, log_file)
+        where = f"; log: {log_file}" if log_file.exists() else ""  # what was not started any more has none
+        level = logging.WARNING if code == STOPPED else logging.ERROR
+        logger.log(level, "%s %s (exit code %d)%s", ref, _OUTCOMES.get(code, "failed"), code, where)
     return failed[0][1] if failed else DONE
 
 

@@ -73,7 +73,7 @@ def run_harness(
         if include is not None:
             command += ["--include_path", str(include)]
         logger.info("lm-evaluation-harness %s: %s", found, task)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS, check=False)
         written = sorted(Path(folder).rglob("*results*.json"))
         if done.returncode != 0 or not written:
             raise ValueError(

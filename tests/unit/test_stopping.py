@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from spin_megatron.cli import main
 from spin_megatron.launch import loop
 from spin_megatron.launch.loop import open_as_changed, open_run
-from spin_megatron.pipeline import StageRef, folder_of, line, made_in, settings_of
+from spin_megatron.pipeline import StageRef, folder_of, line, log_folder, made_in, settings_of
 from spin_megatron.report.overview import evaluations, print_iterations
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import Manifest, read_manifest, write_json, write_manifest
@@ -132,6 +133,7 @@ def test_benchmarks_are_added_to_a_finished_run_and_nothing_else_runs_again(
     (tmp_path / "my tasks").mkdir()
     monkeypatch.chdir(tmp_path)
     assert main(["run", str(config_path), "--run-dir", str(root), "--set", "run.iterations=1"]) == 0
+    monkeypatch.setattr("spin_megatron.stages.benchmark.version", lambda package: "0.4.9")
     added = ['evaluate.lm_eval_tasks=["arc", "gsm8k"]', "evaluate.lm_eval_model_args.parallelize=true", "evaluate.lm_eval_include=my tasks"]
     assert main(["run", str(root), *(word for setting in added for word in ("--set", setting))]) == 0
     assert finished[-2:] == [StageRef("benchmark", 0, 0), StageRef("benchmark", 0, 1)]
@@ -141,6 +143,35 @@ def test_benchmarks_are_added_to_a_finished_run_and_nothing_else_runs_again(
     frozen, _ = open_run(root)
     for ref in line(config):
         assert ref.name == "benchmark" or settings_of(config, ref) == settings_of(frozen, ref), f"{ref} became stale"
+
+
+def test_a_harness_that_is_missing_is_missed_before_anything_runs(
+    config_path: Path, finished: list[StageRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("spin_megatron.stages.benchmark.version", missing)
+    config_path.write_text(CONFIG + '[evaluate]\nlm_eval_tasks = ["arc"]\n', encoding="utf-8")
+    for words in (["check", str(config_path)], ["run", str(config_path), "--run-dir", str(tmp_path / "run")]):
+        assert main(words) == 2
+        assert "pip install 'spin-megatron[eval]'" in capsys.readouterr().err
+    assert finished == []
+
+
+def test_what_was_stopped_is_no_error_and_names_no_log_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = [StageRef("benchmark", 0, task) for task in range(3)]
+    monkeypatch.setattr(loop, "launch_stage", lambda _launcher, _config, _layout, ref: 1 if ref.shard == 0 else 75)
+    layout = RunLayout(tmp_path)
+    (log_folder(layout, group[1]) / "latest").mkdir(parents=True)
+    (log_folder(layout, group[1]) / "latest" / "rank_0.log").touch()
+    assert loop._run_group(None, None, layout, group, "[1/1]") == 1  # type: ignore[arg-type]
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert told[-3] == ("ERROR", "benchmark 0 shard 0 failed (exit code 1)")
+    assert told[-2][0] == "WARNING" and told[-2][1].endswith("rank_0.log")
+    assert told[-1] == ("WARNING", "benchmark 0 shard 2 was stopped, and the same command goes on with it (exit code 75)")
 
 
 def test_a_run_directory_beside_a_run_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
