@@ -143,7 +143,8 @@ def _run_stage(arguments: argparse.Namespace) -> int:
     """Be one rank of a stage; or, outside a launch, start the ranks the config asks for."""
     from spin_megatron.launch import loop
     from spin_megatron.launch.rank import slurm_owner
-    from spin_megatron.pipeline import STAGES, StageRef, execute, made_in
+    from spin_megatron.pipeline import execute
+    from spin_megatron.stage_table import STAGES, StageRef, made_in
 
     is_rank = "RANK" in os.environ
     # A rank is told all that changed; what a person types goes on as the last `run` or `submit` did.

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from spin_megatron.config import RunConfig
-from spin_megatron.pipeline import STAGES, StageRef, folder_of, log_folder, made_in, missing_stages
+from spin_megatron.pipeline import missing_stages
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.stage_table import STAGES, StageRef, folder_of, log_folder, made_in
 
 # `advance` comes back to a queue that takes no more jobs, or to a controller that is away, for hours.
 MAX_SUBMISSION_FAILURES = 50

@@ -17,13 +17,14 @@ from spin_megatron.data.sources import FILE_TYPES, is_commit
 from spin_megatron.generation.engine import EXTERNAL, Environment, provider
 from spin_megatron.launch.gpus import pool_for
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
-from spin_megatron.pipeline import STAGES, StageRef, early_stop, folder_of, line, log_folder, made_in, missing_stages, redo, require_current
+from spin_megatron.pipeline import early_stop, missing_stages, redo, require_current
 from spin_megatron.plan.command import check_config_fits, check_model, shape_on_this_machine
 from spin_megatron.plan.hardware import find_gpu
 from spin_megatron.plan.precision import PRECISIONS, check_capability
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.telemetry import progress_bar
+from spin_megatron.stage_table import STAGES, StageRef, folder_of, line, log_folder, made_in
 
 logger = logging.getLogger(__name__)
 

@@ -29,10 +29,11 @@ from spin_megatron.config_sections import SlurmStageSection, StageName
 from spin_megatron.generation.engine import EXTERNAL
 from spin_megatron.launch.failures import record_submission
 from spin_megatron.launch.loop import check_config, open_or_start, remember_changes
-from spin_megatron.pipeline import LOCK_STALE_SECONDS, STAGES, StageRef, early_stop, log_folder, made_in, missing_stages
+from spin_megatron.pipeline import LOCK_STALE_SECONDS, early_stop, missing_stages
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held
+from spin_megatron.stage_table import STAGES, StageRef, log_folder, made_in
 
 logger = logging.getLogger(__name__)
 

@@ -39,22 +39,12 @@ from spin_megatron.launch.failures import (
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, new_attempt
 from spin_megatron.launch.loop import changes, open_as_changed
 from spin_megatron.launch.slurm import ADVANCE, active_jobs, run_slurm, submit
-from spin_megatron.pipeline import (
-    STAGES,
-    StageRef,
-    early_stop,
-    folder_of,
-    inputs_of,
-    line,
-    log_folder,
-    made_in,
-    missing_stages,
-    newest_theta,
-)
+from spin_megatron.pipeline import early_stop, inputs_of, missing_stages, newest_theta
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import StageIncomplete
 from spin_megatron.run.telemetry import configure_logging
+from spin_megatron.stage_table import STAGES, StageRef, folder_of, line, log_folder, made_in
 
 logger = logging.getLogger(__name__)
 

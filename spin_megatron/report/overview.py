@@ -8,9 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_megatron.config import RunConfig
-from spin_megatron.pipeline import early_stop, folder_of, line, made_in, newest_theta
+from spin_megatron.pipeline import early_stop, newest_theta
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
+from spin_megatron.stage_table import folder_of, line, made_in
 
 # (column, key in evaluate's metrics.json, format)
 EVALUATION_COLUMNS = (

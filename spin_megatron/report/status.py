@@ -21,10 +21,11 @@ from rich.text import Text
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.failures import last_logged_error, read_failures, slurms_reason, stop_reason, submission_name
 from spin_megatron.launch.slurm import ADVANCE, SubmittedJob, active_jobs, read_jobs
-from spin_megatron.pipeline import STAGES, StageRef, early_stop, folder_of, is_running, line, log_folder, made_in, missing_stages, state_of
+from spin_megatron.pipeline import early_stop, is_running, missing_stages, state_of
 from spin_megatron.report.overview import benchmarks, warnings
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import plain, read_manifest
+from spin_megatron.stage_table import STAGES, StageRef, folder_of, line, log_folder, made_in
 
 _COLUMNS = tuple(STAGES)
 _STYLES = {"done": "green", "running": "cyan", "ready": "yellow", "stale": "red", "waiting": "dim", "not needed": "dim"}

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from spin_megatron.launch.loop import open_run
-from spin_megatron.pipeline import StageRef, folder_of, redo
+from spin_megatron.pipeline import redo
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import digest_file
 from spin_megatron.run.records import SpinPair, read_rows
+from spin_megatron.stage_table import StageRef, folder_of
 from tests.tiny_run import SPIN_MEGATRON, make_tiny_run, spin_megatron
 
 pytestmark = pytest.mark.timeout(1800)

@@ -23,6 +23,7 @@ LAYERS = {
     "spin_megatron.mcore": 2,
     "spin_megatron.generation": 2,
     "spin_megatron.stages": 3,
+    "spin_megatron.stage_table": 4,
     "spin_megatron.pipeline": 4,
     "spin_megatron.report": 4,
     "spin_megatron.launch": 4,
@@ -32,7 +33,7 @@ LAYERS = {
 }
 # Plain arguments instead of the config: what computes can be used and tested without a run.
 WITHOUT_CONFIG = ("spin_megatron.data", "spin_megatron.objective", "spin_megatron.convert.families")
-TORCH_FREE = ("config", "config_file", "config_sections", "run", "plan", "pipeline", "launch", "cli")
+TORCH_FREE = ("config", "config_file", "config_sections", "run", "plan", "stage_table", "pipeline", "launch", "cli")
 HEAVY = ("torch", "transformers", "datasets", "megatron", "transformer_engine", "tensorrt_llm")
 
 # package -> where it may be imported

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.slurm import read_jobs
-from spin_megatron.pipeline import StageRef, folder_of, line, log_folder, made_in, missing_stages
+from spin_megatron.pipeline import missing_stages
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
 from spin_megatron.run.records import SpinPair, read_rows
+from spin_megatron.stage_table import StageRef, folder_of, line, log_folder, made_in
 from tools.local_slurm.cluster import Cluster
 from tools.local_slurm.processes import read_proc
 

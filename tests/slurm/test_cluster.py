@@ -9,8 +9,8 @@ import pytest
 
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.slurm import read_jobs
-from spin_megatron.pipeline import StageRef, line, log_folder
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.stage_table import StageRef, line, log_folder
 from tests.slurm.cluster_run import REPOSITORY, assert_same_result, fork
 from tests.tiny_run import spin_megatron
 from tools.local_slurm.cluster import Cluster

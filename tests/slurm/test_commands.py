@@ -9,9 +9,10 @@ from spin_megatron.config import RunConfig
 from spin_megatron.launch.loop import open_run
 from spin_megatron.launch.slurm import chain, check_resources, dry_run
 from spin_megatron.launch.supervise import engine_changes, srun_command, step_command
-from spin_megatron.pipeline import StageRef, folder_of, inputs_of, line, made_in, settings_of
+from spin_megatron.pipeline import inputs_of
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import Manifest, stage_key, write_manifest
+from spin_megatron.stage_table import StageRef, folder_of, line, made_in, settings_of
 
 NUMBERS = {"ln2_minus_loss": 0.5, "nll_real": 2.0, "nll_real_reference": 2.0, "logp_real_drift": 0.0}
 MODEL = {"model": {"path": "model"}, "data": {"source": "data", "max_prompt_tokens": 8, "max_response_tokens": 8}}

@@ -10,9 +10,9 @@ import pytest
 
 from spin_megatron.config_file import load_config
 from spin_megatron.launch.slurm import check_resources
-from spin_megatron.pipeline import StageRef, folder_of
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
+from spin_megatron.stage_table import StageRef, folder_of
 from tests.doubles.installation import H100, Site, skip_where_paths_are_split
 from tests.slurm.cluster_run import REPOSITORY
 from tests.tiny_run import make_tiny_run, spin_megatron

@@ -17,10 +17,10 @@ from spin_megatron.convert.saved_checkpoint import COMPLETE_NAME
 from spin_megatron.launch.failures import read_events
 from spin_megatron.launch.loop import open_as_changed
 from spin_megatron.launch.slurm import read_jobs
-from spin_megatron.pipeline import StageRef, log_folder
 from spin_megatron.report.status import read_queue, stage_rows, why_stopped
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held
+from spin_megatron.stage_table import StageRef, log_folder
 from tests.slurm.cluster_run import REPOSITORY, SPIN_ITER, ClusterRun, assert_same_result, fork, heartbeat, signal_all, stop_file
 from tests.slurm.conftest import SmallDisk
 from tools.local_slurm.cluster import Cluster

@@ -11,12 +11,12 @@ from spin_megatron.cli import main
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.failures import failures_in_a_row, last_error, last_logged_error, progress_of, stop_reason
 from spin_megatron.launch.slurm import SubmittedJob
-from spin_megatron.pipeline import StageRef, line, log_folder
 from spin_megatron.report import status
 from spin_megatron.report.status import Queue, stage_rows
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import write_json
 from spin_megatron.run.records import GeneratedRow, PromptRow, write_rows
+from spin_megatron.stage_table import StageRef, line, log_folder
 from tests.slurm.test_commands import finish, make_config
 
 

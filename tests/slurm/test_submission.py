@@ -15,9 +15,9 @@ from spin_megatron.launch.failures import MAX_SUBMISSION_FAILURES, read_events, 
 from spin_megatron.launch.loop import open_as_changed
 from spin_megatron.launch.slurm import active_jobs, read_jobs, submit
 from spin_megatron.launch.supervise import Element, advance
-from spin_megatron.pipeline import StageRef
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.stage_table import StageRef
 from tests.slurm.test_commands import finish, make_config
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from spin_megatron.config import RunConfig
-from spin_megatron.pipeline import StageRef, execute, line, settings_of
+from spin_megatron.pipeline import execute
 from spin_megatron.report.overview import benchmarks
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import Manifest, read_manifest, write_manifest
+from spin_megatron.stage_table import StageRef, line, settings_of
 from spin_megatron.stages import benchmark
 from tests.tiny_run import make_tiny_model
 

@@ -8,8 +8,8 @@ import pytest
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
 from spin_megatron.launch.loop import changes, open_as_changed, open_or_start, open_run
-from spin_megatron.pipeline import STAGES, StageRef, settings_of
 from spin_megatron.run.layout import RunLayout
+from spin_megatron.stage_table import STAGES, StageRef, settings_of
 
 MINIMAL = '[model]\npath = "org/model"\nrevision = "abc"\n[data]\nsource = "org/data"\nrevision = "def"\n[train]\npack_tokens = 4096\n'
 

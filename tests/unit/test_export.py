@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from spin_megatron.config_file import load_config
 from spin_megatron.convert.torch_dist import hf_to_torch_dist
 from spin_megatron.launch.loop import check_config
-from spin_megatron.pipeline import StageRef, execute
+from spin_megatron.pipeline import execute
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest, verify_outputs, write_text
 from spin_megatron.run.records import ReferenceScore, SpinPair, write_rows
+from spin_megatron.stage_table import StageRef
 from spin_megatron.stages.context import StageContext
 from spin_megatron.stages.export import _largest_probe_difference, base_folder, training_facts
 from spin_megatron.stages.prepare import preview

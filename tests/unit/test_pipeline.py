@@ -19,25 +19,12 @@ from spin_megatron import pipeline
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
 from spin_megatron.launch import loop
-from spin_megatron.pipeline import (
-    STAGES,
-    StageRef,
-    early_stop,
-    execute,
-    folder_of,
-    line,
-    made_in,
-    missing_stages,
-    newest_theta,
-    redo,
-    require_current,
-    settings_of,
-    state_of,
-)
+from spin_megatron.pipeline import early_stop, execute, missing_stages, newest_theta, redo, require_current, state_of
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held
 from spin_megatron.run.manifest import Manifest, StageIncomplete, StaleStage, read_manifest, write_manifest, write_text
+from spin_megatron.stage_table import STAGES, StageRef, folder_of, line, made_in, settings_of
 from spin_megatron.stages.context import StageContext, StageOutput
 
 CONFIG = '[run]\niterations = 2\n[model]\npath = "org/m"\nrevision = "a"\n[data]\nsource = "org/d"\nrevision = "b"\n'

@@ -12,10 +12,10 @@ from spin_megatron.config import RunConfig
 from spin_megatron.generation.engine import EngineSpec, provider
 from spin_megatron.launch import gpus, local, loop
 from spin_megatron.launch.gpus import GpuPool, visible_gpus
-from spin_megatron.pipeline import StageRef
 from spin_megatron.plan.hardware import GPUS, gpu_of_driver_name
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.records import GeneratedRow, PromptRow, write_rows
+from spin_megatron.stage_table import StageRef
 
 H100 = "NVIDIA H100 80GB HBM3"
 LLAMA_70B = Path(__file__).parents[2] / "examples" / "llama3_70b" / "model_config.json"

@@ -13,10 +13,10 @@ import pytest
 from spin_megatron.cli import main
 from spin_megatron.launch import loop
 from spin_megatron.launch.loop import open_as_changed, open_run
-from spin_megatron.pipeline import StageRef, folder_of, line, log_folder, made_in, settings_of
 from spin_megatron.report.overview import evaluations, print_iterations
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import Manifest, read_manifest, write_json, write_manifest
+from spin_megatron.stage_table import StageRef, folder_of, line, log_folder, made_in, settings_of
 
 PINNED = "0123456789" * 4
 CONFIG = f'[run]\niterations = 3\n[model]\npath = "org/m"\nrevision = "{PINNED}"\n[data]\nsource = "org/d"\nrevision = "{PINNED}"\n'
