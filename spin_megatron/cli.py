@@ -54,7 +54,7 @@ def build_parser(called: str | None = None) -> argparse.ArgumentParser:
     check = verbs.add_parser("check", help="check a config, its model and its data, and print the line that would run")
     check.add_argument("config", type=Path, help="a config file")
     _add_overrides(check)
-    check.set_defaults(handler=_lazy("spin_megatron.launch.loop", "check"))
+    check.set_defaults(handler=_lazy("spin_megatron.launch.check", "check"))
 
     run = verbs.add_parser("run", help="run the whole loop on this machine; the same command again resumes it")
     run.add_argument("target", type=Path, help="a config file, or the run directory of a started run")
@@ -141,14 +141,14 @@ def _lazy(module: str, function: str) -> Callable[[argparse.Namespace], int]:
 
 def _run_stage(arguments: argparse.Namespace) -> int:
     """Be one rank of a stage; or, outside a launch, start the ranks the config asks for."""
-    from spin_megatron.launch import loop
+    from spin_megatron.launch import loop, started_run
     from spin_megatron.launch.rank import slurm_owner
     from spin_megatron.pipeline import execute
     from spin_megatron.stage_table import STAGES, StageRef, made_in
 
     is_rank = "RANK" in os.environ
     # A rank is told all that changed; what a person types goes on as the last `run` or `submit` did.
-    config, layout = (loop.open_run if is_rank else loop.open_as_changed)(arguments.run_dir, arguments.overrides)
+    config, layout = (started_run.open_run if is_rank else started_run.open_as_changed)(arguments.run_dir, arguments.overrides)
     ref = StageRef(arguments.verb, arguments.iteration, getattr(arguments, "shard", None))
     loop.require_in_line(config, ref)
     if not is_rank:

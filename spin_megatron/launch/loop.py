@@ -1,26 +1,17 @@
-"""`spin-megatron run` and `check`: the whole loop on one machine, stage after stage, each in processes of its own."""
+"""`spin-megatron run`: the whole loop on one machine, stage after stage, each in processes of its own."""
 
 import argparse
-import importlib
-import json
 import logging
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
-from typing import Any
 
-from spin_megatron.config import CHANGEABLE, RunConfig, flat_settings
-from spin_megatron.config_file import apply_override, as_override, load_config, make_absolute, read_frozen, validate_config
+from spin_megatron.config import RunConfig
 from spin_megatron.config_sections import StageName
-from spin_megatron.data.sources import FILE_TYPES, is_commit
-from spin_megatron.generation.engine import EXTERNAL, Environment, provider
+from spin_megatron.launch.check import check_harness
 from spin_megatron.launch.gpus import pool_for
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
+from spin_megatron.launch.started_run import changes, open_or_start, remember_changes
 from spin_megatron.pipeline import early_stop, missing_stages, redo, require_current
-from spin_megatron.plan.command import check_config_fits, check_model, shape_on_this_machine
-from spin_megatron.plan.hardware import find_gpu
-from spin_megatron.plan.precision import PRECISIONS, check_capability
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.telemetry import progress_bar
@@ -32,108 +23,6 @@ BAR_SECONDS = 1.0
 _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped, and the same command goes on with it"}
 
 
-def check(arguments: argparse.Namespace) -> int:
-    """Check everything that can be known before a stage runs, and print the line."""
-    from spin_megatron.report.overview import print_example, print_line
-
-    config = load_config(arguments.config, arguments.overrides)
-    check_config(config)
-    if Path(config.model.path).is_dir():
-        importlib.import_module("spin_megatron.stages.export").check_folder(Path(config.model.path))
-    examine_engine(config)
-    if config.evaluate.lm_eval_tasks and not config.slurm.stages:  # the Python of a cluster's ranks is another
-        _check_harness()
-    is_here = Path(config.model.path).is_dir() and Path(config.data.source).exists()
-    example = importlib.import_module("spin_megatron.stages.prepare").preview(config) if is_here else None
-    print_line(config)
-    if example is not None:
-        print_example(*example)
-    else:
-        logger.info("the data's first row and its template are checked by prepare: the model or the data is not on this machine yet")
-    return DONE
-
-
-def examine_engine(config: RunConfig) -> None:
-    """Say what would answer, where the engine has an environment of its own that can be started here.
-
-    Raises:
-        ValueError: its options are wrong, its interpreter or package is missing, or its release does not fit.
-    """
-    chosen, settings = provider(config.generate.engine), config.generate.environment
-    if config.generate.engine in EXTERNAL and config.slurm.stages and not settings.launcher:
-        logger.info("engine %s is started by Slurm's jobs (slurm/env.sh): build-engine says what it finds there", config.generate.engine)
-        return
-    environment = Environment(settings.python, tuple(settings.prefix), tuple(settings.launcher), tuple(settings.variables))
-    with tempfile.TemporaryDirectory(prefix="spin-check-") as folder:
-        found = chosen.examine(config.generate.options, environment, Path(folder))
-    if found:
-        logger.info("engine %s: %s", config.generate.engine, found)
-
-
-def _check_harness() -> None:
-    """Find out now, and not when the first iteration is trained. Raises ValueError when lm-evaluation-harness is not installed."""
-    importlib.import_module("spin_megatron.stages.benchmark").harness_version()
-
-
-def check_config(config: RunConfig) -> None:
-    """Check the base model's config against the parallel layout and the lengths, where the model is on this machine.
-
-    Raises:
-        ValueError: the model is not one we compute, or the layout does not divide it, or a length is beyond its context.
-    """
-    _check_addresses(config)
-    _check_device(config)
-    shape = shape_on_this_machine(config)
-    if shape is None:
-        logger.info("model.path=%s is a hub name: its shape is checked when export 0 has fetched it", config.model.path)
-        return
-    check_model(config, shape)
-    if config.slurm.gpu is not None:
-        check_config_fits(config, config.slurm.gpu)
-
-
-def _check_device(config: RunConfig) -> None:
-    """What needs a GPU: of the cluster where one is named, else of this machine. Imports torch for a config that needs one.
-
-    Raises:
-        ValueError: FP8 without its tensor cores, or an optimizer that is to be offloaded from no GPU.
-    """
-    precision, fraction = config.train.precision, config.optimizer.offload_fraction
-    if PRECISIONS[precision].fp8_recipe is None and not fraction:
-        return
-    if config.slurm.gpu is not None:
-        check_capability(precision, find_gpu(config.slurm.gpu).capability, where=f"slurm.gpu={config.slurm.gpu}")
-        return
-    device, _ = importlib.import_module("spin_megatron.report.doctor").examine_device()
-    check_capability(precision, device and device.capability, where="this machine")
-    if fraction and (device is None or not device.names):
-        raise ValueError(
-            f"optimizer.offload_fraction={fraction:g}: this machine has no GPU, and on a CPU the optimizer is in the host's memory as it "
-            "is; use 0, or for a cluster name its GPU in slurm.gpu."
-        )
-
-
-def _check_addresses(config: RunConfig) -> None:
-    """A hub name needs a pinned revision; anything that looks like a path must be there, and be absolute by now (config_file)."""
-    model, data = config.model, config.data
-    for name, address, revision in (("model.path", model.path, model.revision), ("data.source", data.source, data.revision)):
-        path, rule = Path(address), "relative paths count from the config file's folder"
-        section = name.partition(".")[0]
-        if path.is_absolute() and path.exists():
-            if section == "model" and not path.is_dir():
-                raise ValueError(f"model.path={address} is a file; give the Hugging Face folder that it is in.")
-            continue
-        if path.exists():
-            raise ValueError(f"{name}={address} is there in the current folder only, and {rule}; give {str(path.resolve())!r}.")
-        if path.is_absolute() or path.suffix in FILE_TYPES:
-            raise ValueError(f"{name}={address} does not exist ({rule}); give an existing path, or a hub name with {section}.revision.")
-        if revision is None or not is_commit(revision):
-            raise ValueError(
-                f"{name}={address} is no path here, so it is a hub name, and {section}.revision={revision!r} does not pin it: a name or a "
-                "branch may point to something else tomorrow. Give a commit of 40 hex digits, or an existing path."
-            )
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Start a run, or go on with it, until every stage is done or a rule of [stop] ends it."""
     config, layout = open_or_start(arguments)
@@ -142,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         for ref in redo(config, layout, _parse_ref(arguments.redo)):
             logger.info("moved aside: %s", ref)
     if any(ref.name == "benchmark" for ref in missing_stages(config, layout)):
-        _check_harness()
+        check_harness()
     refs = line(config)
     with Launcher() as launcher:
         for number, ref in enumerate(refs, start=1):
@@ -259,128 +148,6 @@ def launch_stage(
         variables=variables,
         has_terminal=has_terminal,
     )
-
-
-def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, RunLayout]:
-    """The frozen config and the paths of a started run. `overrides` may change only how it runs, not what it computes.
-
-    Raises:
-        ValueError: no run was started there, or an override would change its result.
-    """
-    layout = RunLayout(run_dir.resolve())
-    if not layout.run_json.exists():
-        start = f"spin-megatron run CONFIG --run-dir {str(run_dir)!r}"
-        raise ValueError(f"{run_dir} is not a run directory (no run.json); start one with: {start}")
-    return _with_changes(read_frozen(layout.run_json), overrides), layout
-
-
-def changes(config: RunConfig, layout: RunLayout) -> list[str]:
-    """The --set options that make a stage's process see this layout; jobs and the run's end do not concern it."""
-    frozen, _ = open_run(layout.root)
-    then, now = _changeable_settings(frozen), _changeable_settings(config)
-    return [as_override(name, value) for name, value in now.items() if value != then[name]]
-
-
-def _changeable_settings(config: RunConfig) -> dict[str, Any]:
-    """What may change and a stage's process has to know, by name; [slurm] and [stop] are no concern of a stage."""
-    flat = flat_settings(config, [section for section in _changeable_sections() if section not in ("slurm", "stop")])
-    return {name: value for name, value in flat.items() if _is_changeable(name)}
-
-
-def _changeable_sections() -> list[str]:
-    return list(dict.fromkeys(name.partition(".")[0] for name in CHANGEABLE))
-
-
-def _is_changeable(name: str) -> bool:
-    return any(name == changeable or name.startswith(f"{changeable}.") for changeable in CHANGEABLE)
-
-
-def remember_changes(config: RunConfig, layout: RunLayout, *, sections: Sequence[str] | None = None) -> None:
-    """Keep the sections that may change, or some of them, as this `run` or `submit` has them: for its jobs and for what comes later."""
-    values = config.model_dump(mode="json")
-    before = json.loads(layout.changes_json.read_text(encoding="utf-8")) if layout.changes_json.exists() else {}
-    now = before | {section: values[section] for section in sections or _changeable_sections()}
-    if now != before:
-        manifests.write_json(layout.changes_json, now)
-
-
-def open_as_changed(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, RunLayout]:
-    """A started run with the changeable sections of the last `run` or `submit`, and `overrides` on top as in `open_run`.
-
-    Raises:
-        ValueError: as `open_run`.
-    """
-    config, layout = open_run(run_dir)
-    if layout.changes_json.exists():
-        config = read_frozen(layout.run_json, layout.changes_json)
-    return _with_changes(config, overrides), layout
-
-
-def open_or_start(arguments: argparse.Namespace, *, is_trial: bool = False) -> tuple[RunConfig, RunLayout]:
-    """The run that `run` and `submit` mean: a run directory, or a config whose run is started if it was not yet.
-
-    Args:
-        is_trial: write nothing, so that the config may still change.
-
-    Raises:
-        ValueError: the config is refused, or differs from that of the started run, or there can be no run directory.
-    """
-    if arguments.target.is_dir():
-        if arguments.run_dir is not None:
-            raise ValueError(f"{arguments.target} is a folder, so it is the run; leave --run-dir out, or give a config file beside it.")
-        return open_as_changed(arguments.target, arguments.overrides)
-    config = load_config(arguments.target, arguments.overrides)
-    root = arguments.run_dir or Path("runs") / config.run.name
-    layout = RunLayout(root.resolve())
-    if layout.run_json.exists():
-        frozen, _ = open_run(root)
-        return _same_run(frozen, config, layout), layout
-    check_config(config)
-    if is_trial:
-        return config, layout
-    try:
-        layout.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if manifests.is_disk_full(error):
-            raise
-        raise ValueError(f"the run directory {layout.root} cannot be made ({error.strerror}); give another --run-dir.") from error
-    manifests.write_text(layout.config_toml, arguments.target.read_text(encoding="utf-8"))
-    manifests.write_text(layout.run_json, config.model_dump_json(indent=2) + "\n")
-    logger.info("started the run %s", layout.root)
-    return config, layout
-
-
-def _same_run(frozen: RunConfig, config: RunConfig, layout: RunLayout) -> RunConfig:
-    """The frozen config with this call's layout; anything else that differs is refused."""
-    then, now = frozen.model_dump(mode="json"), config.model_dump(mode="json")
-    differing = [
-        f"{section}.{key}: {then[section][key]!r} -> {now[section][key]!r}"
-        for section in now
-        for key in now[section]
-        if not _is_changeable(f"{section}.{key}") and then[section].get(key) != now[section][key]
-    ]
-    if differing:
-        lines = "\n  ".join(differing)
-        raise ValueError(f"{layout.root} was started with other settings:\n  {lines}\nUse another --run-dir, or restore the settings.")
-    changed: dict[str, Any] = {}
-    for name in CHANGEABLE:
-        section, _, key = name.partition(".")
-        given, kept = getattr(config, section), changed.get(section, getattr(frozen, section))
-        changed[section] = kept.model_copy(update={key: getattr(given, key)}) if key else given
-    return frozen.model_copy(update=changed)
-
-
-def _with_changes(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """Apply --set to a started run: only how it runs may change."""
-    if not overrides:
-        return config
-    values = config.model_dump(mode="json")
-    for override in overrides:
-        if not _is_changeable(override.partition("=")[0].strip()):
-            raise ValueError(f"--set {override!r}: a started run keeps its settings; only {', '.join(CHANGEABLE)} may change.")
-        apply_override(values, override)
-    make_absolute(values, "evaluate", "lm_eval_include", Path.cwd())
-    return validate_config(values, origin="the started run with --set")
 
 
 def _parse_ref(text: str) -> StageRef:

@@ -27,8 +27,9 @@ from pathlib import Path
 from spin_megatron.config import RunConfig
 from spin_megatron.config_sections import SlurmStageSection, StageName
 from spin_megatron.generation.engine import EXTERNAL
+from spin_megatron.launch.check import check_config
 from spin_megatron.launch.failures import record_submission
-from spin_megatron.launch.loop import check_config, open_or_start, remember_changes
+from spin_megatron.launch.started_run import open_or_start, remember_changes
 from spin_megatron.pipeline import LOCK_STALE_SECONDS, early_stop, missing_stages
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout

@@ -37,8 +37,8 @@ from spin_megatron.launch.failures import (
     submission_name,
 )
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, new_attempt
-from spin_megatron.launch.loop import changes, open_as_changed
 from spin_megatron.launch.slurm import ADVANCE, active_jobs, run_slurm, submit
+from spin_megatron.launch.started_run import changes, open_as_changed
 from spin_megatron.pipeline import early_stop, inputs_of, missing_stages, newest_theta
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout

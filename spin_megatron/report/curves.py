@@ -34,7 +34,7 @@ _TRAINING_PANELS = (
 
 def command(arguments: argparse.Namespace) -> int:
     """Handle the verb."""
-    from spin_megatron.launch.loop import open_as_changed
+    from spin_megatron.launch.started_run import open_as_changed
 
     config, layout = open_as_changed(arguments.run_dir)
     for path in write_report(config, layout):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spin_megatron.launch.loop import open_run
+from spin_megatron.launch.started_run import open_run
 from spin_megatron.pipeline import redo
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import digest_file

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from spin_megatron.launch.loop import open_or_start, open_run
+from spin_megatron.launch.started_run import open_or_start, open_run
 from spin_megatron.pipeline import execute, missing_stages
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.stages import export, train

@@ -15,8 +15,8 @@ import pytest
 
 from spin_megatron.convert.saved_checkpoint import COMPLETE_NAME
 from spin_megatron.launch.failures import read_events
-from spin_megatron.launch.loop import open_as_changed
 from spin_megatron.launch.slurm import read_jobs
+from spin_megatron.launch.started_run import open_as_changed
 from spin_megatron.report.status import read_queue, stage_rows, why_stopped
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held

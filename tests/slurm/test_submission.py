@@ -12,8 +12,8 @@ from spin_megatron.config import RunConfig
 from spin_megatron.config_sections import StopSection
 from spin_megatron.launch import slurm, supervise
 from spin_megatron.launch.failures import MAX_SUBMISSION_FAILURES, read_events, record_failure, stop_reason
-from spin_megatron.launch.loop import open_as_changed
 from spin_megatron.launch.slurm import active_jobs, read_jobs, submit
+from spin_megatron.launch.started_run import open_as_changed
 from spin_megatron.launch.supervise import Element, advance
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout

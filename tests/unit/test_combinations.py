@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spin_megatron.config_file import load_config
-from spin_megatron.launch.loop import check_config, examine_engine
+from spin_megatron.launch.check import check_config, examine_engine
 from spin_megatron.report import doctor
 from tests.unit.combinations import Settings, drawn, faults, layouts, overrides, pairs, write_models
 

@@ -7,7 +7,7 @@ import pytest
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
-from spin_megatron.launch.loop import changes, open_as_changed, open_or_start, open_run
+from spin_megatron.launch.started_run import changes, open_as_changed, open_or_start, open_run
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.stage_table import STAGES, StageRef, settings_of
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from spin_megatron.config_file import load_config
 from spin_megatron.convert.torch_dist import hf_to_torch_dist
-from spin_megatron.launch.loop import check_config
+from spin_megatron.launch.check import check_config
 from spin_megatron.pipeline import execute
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.layout import RunLayout

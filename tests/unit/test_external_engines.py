@@ -19,7 +19,7 @@ from spin_megatron.config import RunConfig
 from spin_megatron.generation import external
 from spin_megatron.generation.engine import Environment, Prompt, Sampling, provider
 from spin_megatron.generation.external import WorkerCommand, normalised
-from spin_megatron.launch.loop import examine_engine
+from spin_megatron.launch.check import examine_engine
 from spin_megatron.run.records import GeneratedRow
 from tests.doubles.installation import Site
 from tests.doubles.scene import ENGINES, EOS, GREEDY, SAMPLED, answers, by_id, expected, make_prompts, make_spec

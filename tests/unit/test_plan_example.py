@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spin_megatron.config_file import load_config
-from spin_megatron.launch.loop import check_config
+from spin_megatron.launch.check import check_config
 from spin_megatron.plan.command import check_config_fits, model_shape
 from spin_megatron.plan.parameters import count_parameters
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spin_megatron.config import RunConfig
-from spin_megatron.launch.loop import check_config
+from spin_megatron.launch.check import check_config
 from spin_megatron.mcore.layers import choose_layer_spec
 from spin_megatron.mcore.precision import Fp8, require_fp8
 from spin_megatron.plan.hardware import find_gpu

@@ -12,7 +12,7 @@ import pytest
 
 from spin_megatron.cli import main
 from spin_megatron.launch import loop
-from spin_megatron.launch.loop import open_as_changed, open_run
+from spin_megatron.launch.started_run import changes, open_as_changed, open_or_start, open_run, remember_changes
 from spin_megatron.report.overview import evaluations, print_iterations
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import Manifest, read_manifest, write_json, write_manifest
@@ -97,11 +97,11 @@ def test_numbers_that_are_none_are_texts_in_every_json_and_end_the_run(
 def test_sections_that_may_change_are_those_of_the_last_run_or_submit(config_path: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     arguments = argparse.Namespace(target=config_path, run_dir=root, overrides=["slurm.signal_seconds=60"])
-    config, layout = loop.open_or_start(arguments)
+    config, layout = open_or_start(arguments)
     assert open_as_changed(root)[0] == config, "as started, while nothing was changed"
     config_path.write_text(CONFIG + "[stop]\nmax_nll_increase = 0.5\n[slurm.stages.generate]\ngpus_per_node = 4\n", encoding="utf-8")
-    changed, _ = loop.open_or_start(argparse.Namespace(target=config_path, run_dir=root, overrides=[]))
-    loop.remember_changes(changed, layout)
+    changed, _ = open_or_start(argparse.Namespace(target=config_path, run_dir=root, overrides=[]))
+    remember_changes(changed, layout)
     assert open_as_changed(root)[0] == changed
     assert (changed.stop.max_nll_increase, changed.slurm.of("generate").gpus_per_node) == (0.5, 4)
     assert open_run(root)[0].slurm.signal_seconds == 60, "run.json is never edited"
@@ -120,7 +120,7 @@ def test_a_finished_run_goes_on_for_more_iterations_and_stays_with_them(
     assert (config.run.iterations, config.launch.threads_per_process) == (4, 2)
     frozen, _ = open_run(root)
     assert frozen.run.iterations == 3, "run.json is never edited"
-    assert open_run(root, loop.changes(config, layout))[0] == config, "what a stage's process is told"
+    assert open_run(root, changes(config, layout))[0] == config, "what a stage's process is told"
     capsys.readouterr()
     assert main(["run", str(root), "--set", "run.seed=1"]) == 2
     assert "only run.iterations, parallel, launch, slurm" in capsys.readouterr().err
@@ -139,7 +139,7 @@ def test_benchmarks_are_added_to_a_finished_run_and_nothing_else_runs_again(
     assert finished[-2:] == [StageRef("benchmark", 0, 0), StageRef("benchmark", 0, 1)]
     config, layout = open_as_changed(root)
     assert config.evaluate.lm_eval_include == str(tmp_path / "my tasks"), "a stage may run in another folder"
-    assert open_run(root, loop.changes(config, layout))[0] == config, "what a stage's process is told"
+    assert open_run(root, changes(config, layout))[0] == config, "what a stage's process is told"
     frozen, _ = open_run(root)
     for ref in line(config):
         assert ref.name == "benchmark" or settings_of(config, ref) == settings_of(frozen, ref), f"{ref} became stale"
