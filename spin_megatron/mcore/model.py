@@ -258,7 +258,7 @@ def transformer_config(
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.tensor,
         apply_rope_fusion=has_te,
-        bias_activation_fusion=has_te and is_dense,
+        bias_activation_fusion=has_te,
         bias_dropout_fusion=on_cuda,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

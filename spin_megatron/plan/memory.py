@@ -258,7 +258,8 @@ def _adapted(
 
 
 def _moe_width(shape: ModelShape, layout: ParallelLayout) -> float:
-    """A token goes to experts_per_token experts: its copy, the gated projection and activation there, and the expert's answer.
+    """A token goes to experts_per_token experts: its copy, and there the gated projection and the weighted activation. The answers are
+    added up and not kept, since they were weighted before.
 
     Routing is taken as even; expert ranks then hold as many copies as they sent. With tensor parallelism inside the experts every
     tensor rank holds all copies and its share of the expert's columns.
@@ -266,7 +267,7 @@ def _moe_width(shape: ModelShape, layout: ParallelLayout) -> float:
     assert shape.experts_per_token is not None
     assert shape.expert_ffn_hidden_size is not None
     router_logits = 2 * (shape.num_experts or 0)  # fp32 logits and probabilities, in elements of 2 bytes
-    per_copy = 2 * shape.hidden_size + 3 * shape.expert_ffn_hidden_size / layout.tensor
+    per_copy = shape.hidden_size + 3 * shape.expert_ffn_hidden_size / layout.tensor
     return shape.experts_per_token * per_copy + router_logits
 
 

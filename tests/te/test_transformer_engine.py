@@ -21,6 +21,7 @@ from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.mcore.steps import score_packs
 from spin_megatron.mcore.training import Objective, StepOutcome, train_step
 from spin_megatron.objective.logprobs import sequence_sums
+from spin_megatron.plan.memory import TrainSettings, layer_widths
 from spin_megatron.plan.precision import PrecisionName
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.run.records import ReferenceScore
@@ -175,6 +176,41 @@ def test_experts_are_padded_to_whole_blocks_under_fp8(
         assert call.recipe == "Float8CurrentScaling"
         assert call.num_rows % 16 == 0
     assert "Fp8Padding" in calls.others
+
+
+def test_experts_keep_for_their_backward_what_is_planned(
+    folders: dict[str, Path], runtime: Runtime, calls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+
+    use(monkeypatch, "transformer_engine")
+    shape = ModelShape.from_huggingface(folders["mixtral"])
+    chunks = build_model(shape, runtime, dtype=torch.bfloat16)
+    load_huggingface(chunks, folders["mixtral"], shape, runtime, show=False)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in chunks[0].parameters()}
+    kept: dict[int, Tensor] = {}  # alive until counted, by storage
+    forward = TEGroupedMLP.forward
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            return forward(*args, **kwargs)
+
+    monkeypatch.setattr(TEGroupedMLP, "forward", noted)
+    batch = make_batch(make_pairs(), pack_tokens=PACK_TOKENS, pad_id=0, share_prompt=True)
+    chunks[0](batch.tokens_T[None], batch.positions_T[None], batch.branches_B4, batch.rows_R, batch.targets_R)
+    assert shape.experts_per_token is not None
+    assert shape.expert_ffn_hidden_size is not None
+    num_copies = shape.num_layers * PACK_TOKENS * shape.experts_per_token
+    a_copy = 2 * (shape.hidden_size + 3 * shape.expert_ffn_hidden_size) + 4  # and its fp32 weight
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) == num_copies * a_copy
+    router_logits = 2 * (shape.num_experts or 0)
+    planned = layer_widths(shape, ParallelLayout(), TrainSettings(PACK_TOKENS, 1)).mlp - router_logits
+    assert shape.num_layers * PACK_TOKENS * planned * 2 == num_copies * (a_copy - 4)
 
 
 @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
