@@ -122,8 +122,8 @@ def _take(path: Path, owner: Owner, stale_seconds: float) -> bool:
                 os.link(aside, path)
             aside.unlink()
             return False
-    aside.write_text(json.dumps(asdict(owner)), encoding="utf-8")
     try:
+        aside.write_text(json.dumps(asdict(owner)), encoding="utf-8")
         os.link(aside, path)
     except FileExistsError:
         return False

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -57,6 +58,17 @@ def test_a_lock_that_could_not_be_touched_for_a_while_is_touched_again(tmp_path:
         while path.stat().st_mtime == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert path.stat().st_mtime > 0
+
+
+def test_a_full_disk_leaves_nothing_of_a_lock_behind(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"), held(tmp_path / "lock", Owner.this_process(), what="train 0", stale_seconds=60):
+            raise AssertionError("a lock of 10 bytes")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_earlier_life_of_the_same_job_is_over(tmp_path: Path) -> None:
