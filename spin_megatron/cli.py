@@ -248,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads the answer, such as head, has read enough; Python would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except PermissionError as error:
+        logger.error("%s: %s. Give what belongs to you, or have its owner let you in.", error.filename, error.strerror)
+        return BAD_INPUT
     except OSError as error:
         if not is_disk_full(error):
             logger.exception("failed")

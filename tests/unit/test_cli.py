@@ -1,6 +1,7 @@
 """What the command line says, and its exit code, when a verb ends otherwise than by itself."""
 
 import argparse
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from spin_megatron.cli import main
     [
         (KeyboardInterrupt(), 75, "stopped by Ctrl-C"),
         (torch.OutOfMemoryError("tried to allocate 2 GiB"), 1, "train.recompute=full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/a b.jsonl"), 2, "/data/a b.jsonl: Permission denied"),
         (RuntimeError("a defect"), 1, "RuntimeError: a defect"),
     ],
 )
