@@ -240,8 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except (ValueError, StaleStage) as error:
+        logger.debug("refused here", exc_info=error)  # in the log file alone: the message is meant to suffice
         logger.error("%s", error)
-        return _defect_or(BAD_INPUT, error, logger)
+        return BAD_INPUT
     except StageIncomplete as error:
         logger.error("%s", error)
         return INCOMPLETE
@@ -265,12 +266,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here; the last line is what `status` shows
             logger.error("%s", _OUT_OF_MEMORY)
         return DEFECT
-
-
-def _defect_or(code: int, error: Exception, logger: logging.Logger) -> int:
-    """The traceback of a refused input goes to the log file only at debug level: the message is meant to suffice."""
-    logger.debug("refused here", exc_info=error)
-    return code
 
 
 if __name__ == "__main__":

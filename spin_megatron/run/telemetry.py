@@ -28,10 +28,10 @@ class Advance(Protocol):
 def configure_logging(log_file: Path | None, *, show: bool = True) -> None:
     """Send the package's log records to the terminal (show) and, appended, to a file.
 
-    Python's warnings (libraries give many at import) go to the file alone, where there is one.
+    Python's warnings (libraries give many at import) and records for debugging go to the file alone, where there is one.
     """
     logger, warnings = logging.getLogger("spin_megatron"), logging.getLogger("py.warnings")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     logging.captureWarnings(log_file is not None)
     for source in (logger, warnings):
         source.propagate = False
@@ -39,7 +39,9 @@ def configure_logging(log_file: Path | None, *, show: bool = True) -> None:
             source.removeHandler(handler)
             handler.close()
     if show:
-        logger.addHandler(RichHandler(console=console, show_path=False, log_time_format="[%X]") if console.is_terminal else _LineHandler())
+        handler = RichHandler(console=console, show_path=False, log_time_format="[%X]") if console.is_terminal else _LineHandler()
+        handler.setLevel(logging.INFO)
+        logger.addHandler(handler)
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         file_handler = logging.FileHandler(log_file, encoding="utf-8")

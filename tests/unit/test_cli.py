@@ -11,6 +11,8 @@ import torch
 
 from spin_megatron import cli
 from spin_megatron.cli import main
+from spin_megatron.launch.failures import last_logged_error
+from spin_megatron.run.telemetry import configure_logging
 
 
 @pytest.mark.parametrize(
@@ -54,3 +56,17 @@ def test_a_reader_that_has_read_enough_ends_a_verb_quietly(arguments: list[str])
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert (process.stderr.read(), process.wait(timeout=60)) == ("", 0)
+
+
+def test_where_an_input_was_refused_stands_in_the_log_file_and_not_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--run-dir", str(tmp_path), "--log-file", str(tmp_path / "logs" / "rank_0.log")]
+    try:
+        assert main(words) == 2
+    finally:
+        configure_logging(None)
+    shown, written = capsys.readouterr().err, (tmp_path / "logs" / "rank_0.log").read_text(encoding="utf-8")
+    assert "is not a run directory" in shown and "Traceback" not in shown
+    assert "Traceback" in written and "in open_run" in written
+    assert last_logged_error(tmp_path / "logs") == f"spin_megatron: {shown.partition('ERROR')[2].strip()}", "the message comes last"
