@@ -9,7 +9,8 @@
 #
 # OUT (default: gpu_check): summary.json (device, versions, outcome and numbers of each test, benchmarks), doctor.json, tests.jsonl (a line a
 # test, as they come), benchmarks/, log.txt. Each part has a process and a time limit of its own: one that fails, hangs or dies leaves the
-# others their turn. Exit code: 0 all passed, 1 something failed, 2 nothing could run (no GPU, or a package is missing).
+# others their turn, and what it had found is kept. Exit code: 0 all passed, 1 something failed or had no time, 2 nothing could run (no GPU,
+# or a package is missing).
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -57,14 +58,18 @@ part() {
 say "doctor"
 timeout 15 "$python" -W ignore -m spin_megatron.cli doctor || true
 timeout 15 "$python" -W ignore -m spin_megatron.cli doctor --json >"$out/doctor.json" || true
-# What everything else stands on first. A process each: after an illegal access CUDA answers no test of its process.
-for tests in 40:logprobs_cuda 65:policy_on_gpu 215:training_on_gpu; do
-    part "${tests%%:*}" "${tests#*:}" pytest -v --tb short -p no:cacheprovider -m gpu --timeout 90 "tests/gpu/test_${tests#*:}.py"
-done
+# A process each: after an illegal access CUDA answers no test of its process. First what everything else stands on, and what is measured;
+# last, with all the time that is left, the longest, whose own tests come in the order of their worth.
+tests() {
+    part "$1" "$2" pytest -v --tb short -p no:cacheprovider -m gpu --timeout 120 "tests/gpu/test_$2.py"
+}
+tests 45 logprobs_cuda
 part 40 "head" tools.benchmarks.head --device cuda --dtype bfloat16 --out "$out/benchmarks/head.json"
+tests 70 policy_on_gpu
 # This project's side alone; tools/benchmarks/gpu.sh measures TRL's beside it.
 part 80 "training step" tools.benchmarks.train_step --model llama-1b --pack-tokens 8192 --pairs 32 --steps 2 --dtype bfloat16 --device cuda \
     --trl-pairs --out "$out/benchmarks/train_step.json"
+tests $((465 - SECONDS)) training_on_gpu
 
 say "summary"
 "$python" tools/gpu_summary.py "$out" || failed=1

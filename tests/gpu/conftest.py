@@ -16,6 +16,12 @@ def _write(**entry: Any) -> None:
             file.write(json.dumps(entry) + "\n")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """All tests that are to come: those that a time limit does not let begin stay so."""
+    for item in session.items:
+        _write(name=item.nodeid, outcome="not begun")
+
+
 def pytest_runtest_logstart(nodeid: str) -> None:
     """Until there is a result, this test is the one that did not finish."""
     _write(name=nodeid, outcome="unfinished")

@@ -43,7 +43,7 @@ def test_the_summary_holds_device_outcomes_and_numbers(tmp_path: Path) -> None:
     assert summary["benchmarks"] == {"head": {"ratio": 2}, "train_step": {"ratio": 2}}
 
 
-@pytest.mark.parametrize("outcome", ["failed", "unfinished"])
+@pytest.mark.parametrize("outcome", ["failed", "unfinished", "not begun"])
 def test_a_test_that_failed_or_did_not_finish_fails_the_check(outcome: str, tmp_path: Path) -> None:
     memory = {"name": "tests/gpu/test_x.py::test_memory", "outcome": outcome, "message": "assert 9 == 8"}
     assert summarise(tmp_path, PASSED, memory).returncode == 1
@@ -74,6 +74,7 @@ def test_it_is_skipped(): pass
 def broken(): raise ValueError("no such device")
 def test_it_never_begins(broken): pass
 def test_it_dies(): os.abort()
+def test_it_has_no_turn(): pass
 """
 
 
@@ -91,6 +92,7 @@ def test_a_process_that_dies_loses_the_test_it_was_in_and_no_other(tmp_path: Pat
         ("skipped", None, "Skipped: needs a Blackwell"),
         ("failed", None, "ValueError: no such device"),
         ("unfinished", None, None),
+        ("not begun", None, None),
     ]
 
 
