@@ -123,7 +123,9 @@ def slurm_conf(options: Options, network: Network, root: Path, *, port: int) -> 
             f"DefMemPerCPU={max(1, options.memory_mb // options.cpus)}",
             "SlurmdParameters=config_overrides",
             "SchedulerType=sched/backfill",
-            "SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=10000,bf_interval=2",
+            "SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=10000,bf_interval=1",
+            # Without an epilog, which clusters have, a job that waited for another starts at the scheduler's next round, not at once.
+            f"Epilog={program('true')}",
             "PreemptType=preempt/partition_prio",
             "PreemptMode=REQUEUE",
             "JobRequeue=1",
