@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from spin_megatron.run.manifest import plain, write_text
 
-console = Console(stderr=True)
+
+class _Terminal(Console):
+    """Standard error. Whoever reads it may go first, as tee does on Ctrl-C: rich would then end the process, before its state is saved."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+console = _Terminal(stderr=True)
 
 
 class Advance(Protocol):

@@ -155,17 +155,19 @@ WAITS_FOR_A_STOP = """
 """
 
 
-def start_launcher(tmp_path: Path, body: str) -> subprocess.Popen[bytes]:
+def start_launcher(tmp_path: Path, body: str, stderr: int | None = None) -> subprocess.Popen[bytes]:
     """A launcher in a process of its own, once both its ranks are up."""
     program = rank_program(tmp_path, body)
     code = f"""
         from pathlib import Path
         from spin_megatron.launch import allocator, local
+        from spin_megatron.run.telemetry import configure_logging
+        configure_logging(None)
         local.PROGRAM = {program!r}
         with local.Launcher() as launcher:
             raise SystemExit(launcher.launch(["train"], world_size=2, threads=1, log_folder=Path({str(tmp_path / "logs")!r})))
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=stderr)
     for _ in range(600):
         if (tmp_path / "up0").exists() and (tmp_path / "up1").exists():
             return process
@@ -179,6 +181,29 @@ def test_a_stop_reaches_every_rank_and_is_reported_as_75(tmp_path: Path, number:
     process = start_launcher(tmp_path, WAITS_FOR_A_STOP)
     process.send_signal(number)
     assert process.wait(timeout=30) == 75
+
+
+def test_a_stop_saves_although_whoever_read_the_messages_is_gone(tmp_path: Path) -> None:
+    body = """
+    import logging
+    from spin_megatron.run.telemetry import configure_logging
+    configure_logging(None)
+    stop = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    (out / f"up{rank}").touch()
+    while not stop:
+        time.sleep(0.05)
+    for word in ("one more step", "stopped on request"):
+        logging.getLogger("spin_megatron").info(word)
+    (out / f"saved{rank}").touch()
+    sys.exit(75)
+    """
+    process = start_launcher(tmp_path, body, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.close()  # as tee leaves on Ctrl-C
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 75
+    assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
 
 
 def test_a_second_ctrl_c_ends_ranks_that_do_not_leave(tmp_path: Path) -> None:
