@@ -20,7 +20,7 @@ from spin_megatron.data.render import Limits, Remark, Rendered, Renderer
 from spin_megatron.data.selection import CleanExamples, Selection, clean, in_split_order, select
 from spin_megatron.data.sources import load_examples
 from spin_megatron.generation.engine import eos_token_ids
-from spin_megatron.plan.shape import model_folder
+from spin_megatron.plan.shape import ModelShape, model_folder
 from spin_megatron.run.manifest import write_json
 from spin_megatron.run.records import PromptRow, SftExample, write_rows
 from spin_megatron.run.telemetry import progress_bar
@@ -43,6 +43,7 @@ def run(context: StageContext) -> StageOutput:
     wanted = None if data.num_examples is None else data.num_held_out + data.num_examples
     rendered = _render(renderer, ordered, limits, total=min(wanted or len(ordered), len(ordered)), show=context.show)
     selection = select(rendered, num_held_out=data.num_held_out, num_examples=data.num_examples)
+    _require_vocabulary([*selection.held_out, *selection.train], folder)
     write_rows(layout.prompts, selection.train, PromptRow)
     write_rows(layout.held_out, selection.held_out, PromptRow)
     counts = _counts(len(examples), cleaned, selection)
@@ -56,7 +57,7 @@ def preview(config: RunConfig) -> tuple[str, str]:
     """Prompt and human answer of the source's first usable example, as text, by a local base model's own template.
 
     Raises:
-        ValueError: a row breaks, the tokenizer has no chat template, or none of the first rows can be used.
+        ValueError: a row breaks, the tokenizer has no chat template or is another model's, or none of the first rows can be used.
     """
     data, folder = config.data, model_folder(Path(config.model.path))
     examples = _load(data, limit=_BATCH_EXAMPLES)
@@ -65,12 +66,23 @@ def preview(config: RunConfig) -> tuple[str, str]:
     outcomes = renderer.render(clean(examples, deduplicate=data.deduplicate).examples, limits)
     for outcome in outcomes:
         if outcome.row is not None:
+            _require_vocabulary([outcome.row], folder)
             return renderer.decode(outcome.row.prompt_ids), renderer.decode(outcome.row.real_ids)
     remarks = sorted({remark for outcome in outcomes for remark in outcome.remarks})
     raise ValueError(
         f"none of the first {len(examples)} rows of data.source={data.source} can be used ({', '.join(remarks) or 'all are empty'}); raise "
         "data.max_prompt_tokens and data.max_response_tokens, or look at the rows."
     )
+
+
+def _require_vocabulary(rows: Sequence[PromptRow], folder: Path) -> None:
+    """Check that the model in the folder knows every token id of its tokenizer that occurs. Raises ValueError when it does not."""
+    largest, vocab_size = max(max(*row.prompt_ids, *row.real_ids) for row in rows), ModelShape.from_huggingface(folder).vocab_size
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} gives token {largest}, but the model beside it knows 0 to {vocab_size - 1}: it is another model's. "
+            "Put the tokenizer files of this model there."
+        )
 
 
 def _load(data: DataSection, *, limit: int | None = None, show: bool = False) -> list[SftExample]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import validate_config
@@ -24,7 +25,9 @@ def write_source(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def make_context(root: Path, source: Path, *, seed: int = 5, **data: Any) -> StageContext:
     layout = RunLayout(root)
-    save_tiny_tokenizer(layout.theta(0))
+    tokenizer = save_tiny_tokenizer(layout.theta(0))
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaConfig(vocab_size=len(tokenizer), **shape).save_pretrained(layout.theta(0))
     (layout.theta(0) / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}), encoding="utf-8")
     defaults = {"source": str(source), "num_held_out": 5, "max_prompt_tokens": 64, "max_response_tokens": 16}
     values = {"run": {"seed": seed}, "model": {"path": "model"}, "data": defaults | data, "train": {"pack_tokens": 4096}}
@@ -57,6 +60,19 @@ TROUBLE: list[dict[str, Any]] = [
     {"prompt": "long " * 20, "response": "yes"},
     {"prompt": "long answer", "response": "yes " * 20},
 ]
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_generated(tmp_path: Path) -> None:
+    context = make_context(tmp_path / "run", write_source(tmp_path / "data.jsonl", [*map(plain, range(40))]))
+    path = context.layout.theta(0) / "config.json"
+    known = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(known | {"vocab_size": 50}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"gives token \d+, but the model beside it knows 0 to 49: it is another model's"):
+        prepare.run(context)
+    assert not context.layout.prompts.exists()
+    config = context.config.model_copy(update={"model": context.config.model.model_copy(update={"path": str(context.layout.theta(0))})})
+    with pytest.raises(ValueError, match="it is another model's"):
+        prepare.preview(config)
 
 
 def test_every_row_of_the_source_is_accounted_for(tmp_path: Path) -> None:
