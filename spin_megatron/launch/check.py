@@ -14,6 +14,9 @@ from spin_megatron.launch.local import DONE
 from spin_megatron.plan.command import check_config_fits, check_model, shape_on_this_machine
 from spin_megatron.plan.hardware import find_gpu
 from spin_megatron.plan.precision import PRECISIONS, check_capability
+from spin_megatron.plan.shape import ModelShape
+from spin_megatron.run.layout import RunLayout
+from spin_megatron.run.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,16 @@ def check_config(config: RunConfig) -> None:
     check_model(config, shape)
     if config.slurm.gpu is not None:
         check_config_fits(config, config.slurm.gpu)
+
+
+def check_started(config: RunConfig, layout: RunLayout) -> None:
+    """Check what a started run may change, such as [parallel], against theta_0 once that is there.
+
+    Raises:
+        ValueError: the model does not fit it.
+    """
+    if read_manifest(layout.theta(0)) is not None:
+        check_model(config, ModelShape.from_huggingface(layout.theta(0)))
 
 
 def _check_device(config: RunConfig) -> None:

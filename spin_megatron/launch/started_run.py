@@ -13,7 +13,7 @@ from typing import Any
 
 from spin_megatron.config import CHANGEABLE, RunConfig, flat_settings
 from spin_megatron.config_file import apply_override, as_override, load_config, make_absolute, read_frozen, validate_config
-from spin_megatron.launch.check import check_config
+from spin_megatron.launch.check import check_config, check_started
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 
@@ -82,18 +82,21 @@ def open_or_start(arguments: argparse.Namespace, *, is_trial: bool = False) -> t
         is_trial: write nothing, so that the config may still change.
 
     Raises:
-        ValueError: the config is refused, or differs from that of the started run, or there can be no run directory.
+        ValueError: the config is refused, or differs from that of the started run in what may not change, or there can be no run directory.
     """
     if arguments.target.is_dir():
         if arguments.run_dir is not None:
             raise ValueError(f"{arguments.target} is a folder, so it is the run; leave --run-dir out, or give a config file beside it.")
-        return open_as_changed(arguments.target, arguments.overrides)
+        config, layout = open_as_changed(arguments.target, arguments.overrides)
+        check_started(config, layout)
+        return config, layout
     config = load_config(arguments.target, arguments.overrides)
     root = arguments.run_dir or Path("runs") / config.run.name
     layout = RunLayout(root.resolve())
     if layout.run_json.exists():
-        frozen, _ = open_run(root)
-        return _same_run(frozen, config, layout), layout
+        config = _same_run(open_run(root)[0], config, layout)
+        check_started(config, layout)
+        return config, layout
     check_config(config)
     if is_trial:
         return config, layout

@@ -1,6 +1,7 @@
 """`spin-megatron check` refuses, before anything runs, what a stage would refuse hours later."""
 
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spin_megatron.cli import main
+from spin_megatron.launch.started_run import open_or_start
+from spin_megatron.pipeline import execute
+from spin_megatron.stage_table import StageRef
 from tests.tiny_run import make_tiny_run, spin_megatron
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -86,6 +90,18 @@ def test_a_wrong_setting_is_refused(changes: list[str], message: str, tiny_run: 
     options = [option for change in changes for option in ("--set", change)]
     assert main(["check", str(tiny_run), *options]) == 2
     assert message in errors(capsys)
+
+
+def test_a_layout_that_does_not_fit_a_started_run_is_refused_before_anything_runs(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    config, layout = open_or_start(Namespace(target=tiny_run, run_dir=root, overrides=[]))
+    assert execute(config, layout, StageRef("export", 0), rank=0, stop_requested=lambda: False)
+    for words in (["run", str(root)], ["run", str(tiny_run), "--run-dir", str(root)]):
+        assert main([*words, "--set", "parallel.tensor=3"]) == 2
+        assert "parallel.tensor=3 does not divide model.num_heads=4" in errors(capsys)
+    assert not layout.changes_json.exists(), "what was refused is not remembered"
 
 
 def test_a_hub_model_is_found_where_the_hub_s_client_keeps_it(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spin_megatron.cli import main
-from spin_megatron.launch import loop
+from spin_megatron.launch import loop, started_run
 from spin_megatron.launch.started_run import changes, open_as_changed, open_or_start, open_run, remember_changes
 from spin_megatron.report.overview import evaluations, print_iterations
 from spin_megatron.run.layout import RunLayout
@@ -49,6 +49,7 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[StageRef]:
         return 0
 
     monkeypatch.setattr(loop, "_run_group", finish)
+    monkeypatch.setattr(started_run, "check_started", lambda config, layout: None)  # theta_0 is a manifest and no model
     monkeypatch.setattr("spin_megatron.report.overview.evaluations", lambda config, layout: {})
     return done
 
