@@ -6,14 +6,12 @@ rows are all there; its exit code is not believed, since launchers lose it. Chun
 again by the next one: an answer is never made twice.
 """
 
-import ctypes
 import json
 import logging
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from urllib.parse import quote
 
 from spin_megatron.generation.engine import EngineSpec, Environment, Prompt, Sampling, check_prompts, never
 from spin_megatron.plan.shape import ModelShape
+from spin_megatron.run.children import ended_with_parent
 from spin_megatron.run.manifest import digest_values, write_json, write_text
 from spin_megatron.run.records import FinishReason, GeneratedRow, TokenIds
 
@@ -40,7 +39,6 @@ _UNSET = (
     *("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS", "TLLM_LLMAPI_BUILD_CACHE", "TLLM_LLMAPI_BUILD_CACHE_ROOT"),
     *("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK"),
 )
-_PR_SET_PDEATHSIG = 1
 
 
 class WorkerFailed(RuntimeError):
@@ -98,7 +96,6 @@ class Worker:
         self._result_seen_at: float | None = None
         line = command.line(folder / "job.json")
         logger.info("starting %s", shlex.join(line))
-        prctl = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else lambda *_arguments: 0
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
                 line,
@@ -107,8 +104,7 @@ class Worker:
                 stderr=subprocess.STDOUT,
                 # A session of its own, so that ending it ends all it started.
                 start_new_session=True,
-                # To be ended with the driver, even by SIGKILL, or it would keep its GPUs. One system call, which takes no lock.
-                preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509
+                preexec_fn=ended_with_parent(signal.SIGTERM),  # noqa: PLW1509
             )
 
     def is_running(self) -> bool:

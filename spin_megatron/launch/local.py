@@ -4,7 +4,6 @@ Rank 0 keeps the terminal (progress bars); every rank writes logs/<stage>/attemp
 others down after a grace period. SIGTERM and SIGINT are passed on, so that a stage can save and leave with exit code 75.
 """
 
-import ctypes
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from typing import Any, Self
 
 from spin_megatron.launch.allocator import allocator_variables
 from spin_megatron.launch.gpus import visible_gpus
+from spin_megatron.run.children import ended_with_parent
 
 DONE, FAILED, BAD_INPUT, INCOMPLETE, STOPPED = 0, 1, 2, 3, 75
 logger = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ POLL_SECONDS = 0.05
 PROGRAM = (sys.executable, "-m", "spin_megatron.cli")
 _COMPILER_SWITCH = "TORCHDYNAMO_DISABLE"
 _PARENT = "SPIN_MEGATRON_PARENT_PID"
-_PR_SET_PDEATHSIG = 1
 # The descriptor in rank 0 of the socket at which it serves the meeting of all ranks; mcore/runtime.py takes it.
 MEETING_SOCKET = "SPIN_MEGATRON_MEETING_SOCKET"
 
@@ -119,11 +118,11 @@ class Launcher:
 
 
 def end_with_parent() -> None:
-    """In a rank: die when the launcher dies, even by SIGKILL, so that no orphan goes on writing. Linux only."""
+    """In a rank: die when the launcher dies. Linux only."""
     parent = os.environ.get(_PARENT)
     if parent is None or not sys.platform.startswith("linux"):
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ended_with_parent(signal.SIGKILL)()
     if os.getppid() != int(parent):  # it died before the call above
         os._exit(1)
 

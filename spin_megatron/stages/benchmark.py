@@ -7,6 +7,7 @@ other on a cluster, and a task that fails costs no other's result.
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from spin_megatron.run.children import ended_with_parent
 from spin_megatron.run.manifest import write_json
 from spin_megatron.stages.context import StageContext, StageOutput
 
@@ -73,7 +75,15 @@ def run_harness(
         if include is not None:
             command += ["--include_path", str(include)]
         logger.info("lm-evaluation-harness %s: %s", found, task)
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+            preexec_fn=ended_with_parent(signal.SIGKILL),
+        )
         written = sorted(Path(folder).rglob("*results*.json"))
         if done.returncode != 0 or not written:
             raise ValueError(

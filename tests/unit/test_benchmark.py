@@ -1,7 +1,10 @@
 """A benchmark through a stand-in for lm-evaluation-harness, and through the real one where it is installed."""
 
 import json
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,6 +71,28 @@ def test_a_harness_that_fails_is_an_error_with_its_words(monkeypatch: pytest.Mon
     program = (sys.executable, "-c", "import sys; sys.exit('Tasks were not found: arc_eazy')")
     with pytest.raises(ValueError, match=r"(?s)task 'arc_eazy' of evaluate\.lm_eval_tasks.*Tasks were not found"):
         benchmark.run_harness("arc_eazy", {"pretrained": "theta_1"}, program=program)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="parent-death signals are Linux's")
+def test_a_harness_ends_with_the_stage_that_started_it_even_when_that_is_killed(tmp_path: Path) -> None:
+    harness = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import sys; from spin_megatron.stages import benchmark; benchmark.version = lambda package: '0.4.9'; "
+        f"benchmark.run_harness('arc', {{}}, program=(sys.executable, '-c', {harness!r}))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as stage:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+        stage.kill()
+    pid = (tmp_path / "pid").read_text()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(400):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited 20 s in vain")
 
 
 def test_a_missing_harness_names_the_extra() -> None:
