@@ -140,6 +140,10 @@ def _environment(rank: int, world_size: int, port: int, threads: int) -> dict[st
         TOKENIZERS_PARALLELISM="false",
     )
     environment[_PARENT] = str(os.getpid())
+    if sys.path[0] not in ("", os.getcwd()):
+        # `python -m` looks for modules in the current folder first, where a datasets.py of the user's would be taken for the library. A
+        # launcher that was itself started so may need it: its package may lie there.
+        environment.setdefault("PYTHONSAFEPATH", "1")
     if sys.platform.startswith("linux"):
         # Without it gloo looks up this machine's own name, which need not resolve.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -144,6 +144,26 @@ def test_every_attempt_keeps_its_logs_and_latest_points_at_the_newest(monkeypatc
     assert (tmp_path / "logs/latest/rank_1.log").read_text() == "attempt 2 of rank 1\n"
 
 
+def test_modules_of_the_current_folder_do_not_stand_in_for_libraries(tmp_path: Path) -> None:
+    folder = tmp_path / "my project"
+    folder.mkdir()
+    for name in ("pydantic", "rich", "logging"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('not the library')\n", encoding="utf-8")
+    words = ["train", "--run-dir", str(folder)]
+    code = f"""
+        import sys
+        from pathlib import Path
+        from spin_megatron.launch.local import Launcher
+        with Launcher() as launcher:
+            sys.exit(launcher.launch({words!r}, world_size=1, threads=1, log_folder=Path({str(tmp_path / "logs")!r})))
+    """
+    script = tmp_path / "bin" / "spin-megatron"  # as pip installs it, in a folder of its own
+    script.parent.mkdir()
+    script.write_text(textwrap.dedent(code), encoding="utf-8")
+    result = subprocess.run([sys.executable, str(script)], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, "is not a run directory" in result.stderr) == (2, True), result.stderr
+
+
 WAITS_FOR_A_STOP = """
     stop = []
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
