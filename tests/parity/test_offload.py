@@ -94,6 +94,43 @@ def test_a_checkpoint_is_resumed_bit_for_bit_and_goes_on_with_and_without_offloa
             assert_close(found[name, ParallelLayout(tensor=2), 0.5][0], numbers, rtol=3e-2)
 
 
+def _updates_with_and_without(model: Path, layouts: list[ParallelLayout], ports: list[int]) -> list[list[list[tuple[float, float]]]]:
+    """By layout: loss and gradient norm of three updates with the state in the host's memory, and with it on the GPU."""
+    found = []
+    for layout, port, other in zip(layouts, ports[::2], ports[1::2], strict=True):
+        pair = []
+        for fraction, number in ((1.0, port), (0.0, other)):
+            os.environ["MASTER_PORT"] = str(number)
+            with running(layout, device="cpu", seed=1) as runtime, a_gpu_and_a_host():
+                pair.append(numbers_of(make_steps(_bench(model, "adamw", fraction, runtime), (0, 1, 2))))
+        found.append(pair)
+    return found
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("name", "layouts"),
+    [
+        (
+            "llama2",
+            [
+                ParallelLayout(pipeline=2, virtual_pipeline=2),
+                ParallelLayout(context=2),
+                ParallelLayout(tensor=2, sequence=True),
+            ],
+        ),
+        ("mixtral", [ParallelLayout(data=2, expert=2)]),
+    ],
+    ids=["virtual stages, context, sequence", "experts"],
+)
+def test_any_layout_updates_in_the_host_s_memory_as_on_the_gpu(name: str, layouts: list[ParallelLayout], tmp_path: Path) -> None:
+    folder = make_tiny_model(name, tmp_path, num_hidden_layers=4)
+    with meeting_ports(2 * len(layouts)) as ports:
+        for by_layout in run_ranks(_updates_with_and_without, 2, folder, layouts, ports, timeout=180):
+            for in_host, on_gpu in by_layout:
+                assert_close(in_host, on_gpu, rtol=1e-5)
+
+
 def test_a_cpu_has_nothing_to_offload_from(model: Path) -> None:
     with (
         running(ParallelLayout(), device="cpu", seed=1) as runtime,
