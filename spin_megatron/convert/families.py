@@ -22,7 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spin_megatron.plan.shape import Family, ModelShape
+from spin_megatron.plan.model_config import Family
+from spin_megatron.plan.shape import ModelShape
 
 Kind = Literal["replicated", "vocab", "input", "qkv", "gate_up"]
 # (name, dim, start, stop) -> that slice of a Hugging Face tensor.

@@ -23,7 +23,8 @@ from torch import Tensor
 from spin_megatron.convert.families import expected_huggingface_names, parameters
 from spin_megatron.convert.read_ahead import advise
 from spin_megatron.convert.safetensors_writer import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
-from spin_megatron.plan.shape import ModelShape, RopeScaling
+from spin_megatron.plan.model_config import RopeScaling
+from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.manifest import atomic_path, digest_values, write_json
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}

@@ -13,7 +13,8 @@ from torch import Tensor
 from spin_megatron.convert.saved_checkpoint import SavedCheckpoint
 from spin_megatron.convert.torch_dist import hf_to_torch_dist, torch_dist_to_hf
 from spin_megatron.mcore.runtime import Runtime, running
-from spin_megatron.plan.shape import Family, ModelShape, ParallelLayout
+from spin_megatron.plan.model_config import Family
+from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from tests.parity.gloo import meeting_ports, run_ranks
 from tests.unit.tiny_models import LLAMA3_SCALING, tiny_shape, write_model
 

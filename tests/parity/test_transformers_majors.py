@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from spin_megatron.convert.torch_dist import hf_to_torch_dist, torch_dist_to_hf
-from spin_megatron.plan.shape import Family, ModelShape
+from spin_megatron.plan.model_config import Family
+from spin_megatron.plan.shape import ModelShape
 from tests.unit.tiny_models import LLAMA3_SCALING, config_of_transformers_5, tiny_shape, write_model
 
 ROOT = Path(sys.prefix) / "transformers_4"

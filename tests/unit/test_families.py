@@ -19,7 +19,8 @@ from spin_megatron.convert.families import (
     parameters,
     row_blocks,
 )
-from spin_megatron.plan.shape import Family, ModelShape
+from spin_megatron.plan.model_config import Family
+from spin_megatron.plan.shape import ModelShape
 
 TINY = ModelShape(
     family="llama",

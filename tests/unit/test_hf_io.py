@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from spin_megatron.convert.families import FAMILIES
 from spin_megatron.convert.hf_io import HfFolder, both_dialects, check_tensors, copy_tokenizer_files, model_card
 from spin_megatron.convert.safetensors_writer import PlannedTensor, open_file, plan_files, write_index
-from spin_megatron.plan.shape import Family, ModelShape
+from spin_megatron.plan.model_config import Family
+from spin_megatron.plan.shape import ModelShape
 from tests.unit.tiny_models import LLAMA3_SCALING, config_of_transformers_4, config_of_transformers_5, tiny_shape, write_model
 
 SHAPE = tiny_shape("llama")

@@ -14,7 +14,7 @@ from spin_megatron.generation import hf_loop
 from spin_megatron.generation.decoder import Decoder, KvSlots, make_linear
 from spin_megatron.generation.engine import EngineSpec, Prompt, Sampling
 from spin_megatron.generation.hf_loop import HfLoop
-from spin_megatron.plan.shape import Family
+from spin_megatron.plan.model_config import Family
 from spin_megatron.run.records import GeneratedRow
 from tests.unit.test_engine_contract import greedy_by_transformers
 from tests.unit.tiny_models import TINY, tiny_shape, write_model

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from spin_megatron.mcore.layers import LayerSpec, RmsNorm, Swiglu, choose_layer_spec, make_inputs_again
 from spin_megatron.mcore.rotary import inverse_frequencies, rotary_table, rotate
-from spin_megatron.plan.shape import ModelShape, RopeScaling
+from spin_megatron.plan.model_config import RopeScaling
+from spin_megatron.plan.shape import ModelShape
 
 
 def _norm(dtype: torch.dtype, *, sequence_parallel: bool = False) -> RmsNorm:

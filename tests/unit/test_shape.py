@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from spin_megatron.plan.shape import ModelShape, ParallelLayout, RopeScaling
+from spin_megatron.plan.model_config import RopeScaling
+from spin_megatron.plan.shape import ModelShape, ParallelLayout
 
 # config.json of Llama-3.1-8B as transformers 4.x writes it, fields that decide nothing left out.
 LLAMA: dict[str, Any] = {

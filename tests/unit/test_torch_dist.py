@@ -28,7 +28,8 @@ from spin_megatron.convert.families import FAMILIES
 from spin_megatron.convert.hf_io import HfFolder
 from spin_megatron.convert.saved_checkpoint import SavedCheckpoint, is_vouched_for
 from spin_megatron.convert.torch_dist import hf_to_torch_dist, torch_dist_to_hf
-from spin_megatron.plan.shape import Family, ModelShape
+from spin_megatron.plan.model_config import Family
+from spin_megatron.plan.shape import ModelShape
 from tests.unit.tiny_models import tiny_shape, write_model
 
 SHAPE = tiny_shape("llama")

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spin_megatron.convert.families import expected_huggingface_names
-from spin_megatron.plan.shape import ARCHITECTURES, Family, ModelShape, RopeScaling
+from spin_megatron.plan.model_config import ARCHITECTURES, Family, RopeScaling
+from spin_megatron.plan.shape import ModelShape
 
 LLAMA3_SCALING = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
 TINY = ModelShape(
