@@ -39,15 +39,9 @@ OURS = "spin-megatron"
 BETA, LEARNING_RATE = 0.1, 1e-4
 
 
-def our_side(work: dict[str, Any]) -> dict[str, Any]:
-    """This project's train stage without its files: reference phase, then updates."""
+def _packs_of(work: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """The step's packs and their pairs, as the train stage knows them."""
     from spin_megatron.data.batches import pair_tokens
-    from spin_megatron.mcore.model import build_model, load_huggingface
-    from spin_megatron.mcore.optimizer import UpdateRule, build_trainer
-    from spin_megatron.mcore.reference import PackedPairs, score_pairs
-    from spin_megatron.mcore.runtime import running
-    from spin_megatron.mcore.training import Objective, train_step
-    from spin_megatron.plan.shape import ModelShape, ParallelLayout
     from spin_megatron.run.records import Pack, SpinPair
 
     packs, pairs = [], []
@@ -58,13 +52,34 @@ def our_side(work: dict[str, Any]) -> dict[str, Any]:
         ]
         packs.append(Pack(number, tuple(pair.pair_id for pair in own), sum(pair_tokens(pair, share_prompt=True) for pair in own)))
         pairs += own
+    return packs, pairs
+
+
+def our_side(work: dict[str, Any]) -> dict[str, Any]:
+    """This project's train stage without its files: reference phase, then updates."""
+    from spin_megatron.mcore.model import build_model, load_huggingface
+    from spin_megatron.mcore.optimizer import UpdateRule, build_trainer
+    from spin_megatron.mcore.reference import PackedPairs, score_pairs
+    from spin_megatron.mcore.runtime import running
+    from spin_megatron.mcore.training import Objective, train_step
+    from spin_megatron.objective.logprobs import KEPT_BYTES
+    from spin_megatron.plan.shape import ModelShape, ParallelLayout
+
+    packs, pairs = _packs_of(work)
     packed = PackedPairs({pair.pair_id: pair for pair in pairs}, tuple(packs), work["pack_tokens"], share_prompt=True)
     folder, dtype = Path(work["model"]), getattr(torch, work["dtype"])
     ticks, losses = [], []
     with running(ParallelLayout(), device=work["device"], seed=0) as runtime:
         shape = ModelShape.from_huggingface(folder)
         mode, _, num_layers = work["recompute"].partition(":")
-        chunks = build_model(shape, runtime, dtype=dtype, recompute=mode, recompute_layers=int(num_layers) if num_layers else None)
+        chunks = build_model(
+            shape,
+            runtime,
+            dtype=dtype,
+            recompute=mode,
+            recompute_layers=int(num_layers) if num_layers else None,
+            kept_logit_bytes=work.get("kept_logit_bytes", KEPT_BYTES),
+        )
         load_huggingface(chunks, folder, shape, runtime, show=False)
         scores = score_pairs(chunks, packed, [packed.packs], runtime)
         assert scores is not None
@@ -112,6 +127,8 @@ def sides_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         mode, _, num_layers = recompute.partition(":")
         name = f"{mode} recompute of {num_layers} layers" if num_layers else f"{mode} recompute"
         sides[OURS if mode == "none" else f"{OURS}, {name}"] = {"recompute": recompute, **own}
+    if options.keep_no_logits:
+        sides[f"{OURS}, no logits kept"] = {"recompute": "none", "kept_logit_bytes": 0, **own}
     if options.glibc:
         sides[f"{OURS}, glibc's allocator"] = {"recompute": "none"}
     return sides
@@ -247,6 +264,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--peak-tflops", type=float, help="of the device, for MFU (H100: 989 in bf16)")
     parser.add_argument("--out", type=Path, default=Path("train_step.json"))
     parser.add_argument("--glibc", action="store_true", help="a row of ours without tcmalloc, as on a machine that lacks it")
+    parser.add_argument("--keep-no-logits", action="store_true", help="a row of ours with train.kept_logit_bytes = 0")
     parser.add_argument("--add", action="store_true", help="add rounds to those of the file, of the same problem")
     parser.add_argument("--our-side", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -283,7 +301,8 @@ def main() -> None:
             for name, outcome in results_of(list(sides), outcome_of, needed=[name for name in sides if name.startswith(OURS)]).items():
                 found.setdefault(name, []).append(outcome)
         rows = summarise(found, work)
-    left_out = ("our_side", "add", "glibc", "rounds", "trl_pairs", "trl_variants", "recompute", "out", "timeout", "trl_python")
+    about_sides = ("trl_pairs", "trl_variants", "trl_python", "recompute", "glibc", "keep_no_logits")
+    left_out = (*about_sides, "our_side", "add", "rounds", "out", "timeout")
     problem = {name: value for name, value in vars(options).items() if name not in left_out}
     assert problem == earlier.get("problem", problem), f"{options.out} holds rounds of another problem: {earlier['problem']}"
     report = {
