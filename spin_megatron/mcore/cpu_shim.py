@@ -2,11 +2,12 @@
 
 Megatron Core (0.16.1 and 0.19.2) computes correctly on CPU with gloo; what stops it are literal `device="cuda"` arguments
 and calls into `torch.cuda` that initialise a driver. Each `Patch` names the functions that need it, and
-tests/parity/test_cpu_shim.py fails when one is no longer needed. Nothing is patched at import.
+tests/parity/test_cpu_shim.py fails when one is no longer needed. Nothing stays patched when the context, or the import below, is over.
 """
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,23 @@ class Patch:
     name: str
     needed_by: str
     replacements: Callable[[], list[Replacement]]
+
+
+def import_without_compiler() -> None:
+    """Import Megatron Core with its `jit_fuser` doing nothing.
+
+    It is torch.compile otherwise, over functions that are used on CUDA only, and to decorate the first one imports torch's compiler: 68 MB
+    and a second of each rank.
+    """
+
+    def leave(function: Any = None, **_options: Any) -> Any:
+        return (lambda decorated: decorated) if function is None else function
+
+    put_back = _set(Replacement(torch, "compile", leave))
+    try:
+        importlib.import_module("megatron.core.jit")
+    finally:
+        put_back()
 
 
 @contextlib.contextmanager

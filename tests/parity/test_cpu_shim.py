@@ -4,6 +4,8 @@ When one of these fails, a newer Megatron Core no longer needs that patch: remov
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -164,3 +166,16 @@ def test_every_patch_has_a_test_and_names_what_needs_it() -> None:
     # The fused kernels are Transformer Engine's and apex's: tests/te leaves that patch out.
     assert {patch.name for patch in PATCHES} == tested | {"fused kernels"}
     assert all(patch.needed_by for patch in PATCHES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU Megatron Core compiles its fused functions")
+def test_importing_the_model_imports_no_compiler_and_puts_it_back() -> None:
+    script = (
+        "import sys, torch\n"
+        "compile = torch.compile\n"
+        "import spin_megatron.mcore.model\n"
+        "from megatron.core.jit import jit_fuser\n"
+        "print('torch._dynamo' in sys.modules, torch.compile is compile, jit_fuser(print) is print)\n"
+    )
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout.split() == ["False", "True", "True"]
