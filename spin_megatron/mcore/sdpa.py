@@ -100,15 +100,22 @@ class _CpuFlash(torch.autograd.Function):
         dquery_TND = _for_branches(query_TND, ctx.branches)
         dkey_TGD, dvalue_TGD = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (key_TGD, value_TGD))
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
+        # The kernel deals key-value heads out to threads. Where that leaves some idle, the heads of a group go as a batch: more pieces,
+        # for the price of as many dK and dV.
+        num_groups = key_TGD.shape[1]
+        batch = query_TND.shape[1] // num_groups if num_groups % torch.get_num_threads() else 1
         for call in ctx.calls:
-            grad, query, context = (_heads_first(tensor[call.rows]) for tensor in (grad_TND, query_TND, context_TND))
-            key, value = (_heads_first(_taken(tensor, call.keys)) for tensor in (key_TGD, value_TGD))
-            lse_1NL = lse_TN[call.rows].t().unsqueeze(0)
-            parts = backward(grad, query, key, value, context, lse_1NL, 0.0, call.is_causal, attn_mask=call.mask, scale=ctx.scale)
-            dquery, dkey, dvalue = (part.squeeze(0).transpose(0, 1) for part in parts)
-            dquery_TND[call.rows] = dquery_TND[call.rows].add_(dquery) if call.is_second else dquery
-            _add_back(dkey_TGD, call.keys, dkey)
-            _add_back(dvalue_TGD, call.keys, dvalue)
+            grad, query, context, lse = (
+                _as_batch(tensor[call.rows], batch, num_groups) for tensor in (grad_TND, query_TND, context_TND, lse_TN[..., None])
+            )
+            key, value = (_heads_first(_taken(tensor, call.keys)).expand(batch, -1, -1, -1) for tensor in (key_TGD, value_TGD))
+            dquery, dkey, dvalue = backward(
+                grad, query, key, value, context, lse[..., 0], 0.0, call.is_causal, attn_mask=call.mask, scale=ctx.scale
+            )
+            room = _as_batch(dquery_TND[call.rows], batch, num_groups)
+            room.add_(dquery) if call.is_second else room.copy_(dquery)
+            _add_back(dkey_TGD, call.keys, dkey.sum(0).transpose(0, 1))
+            _add_back(dvalue_TGD, call.keys, dvalue.sum(0).transpose(0, 1))
         return dquery_TND, dkey_TGD, dvalue_TGD, None, None, None
 
 
@@ -153,6 +160,14 @@ def _for_branches(like_TND: Tensor, branches: list[Branch]) -> Tensor:
     made = torch.empty(like_TND.shape, dtype=like_TND.dtype, device=like_TND.device)
     made[branches[-1][2] + branches[-1][3] :].zero_()
     return made
+
+
+def _as_batch(tensor_LND: Tensor, batch: int, num_groups: int) -> Tensor:
+    """[L, N, D] seen as [1, N, L, D] (batch 1), or with the heads of each group as a batch: [N/G, G, L, D]."""
+    if batch == 1:
+        return _heads_first(tensor_LND)
+    by_group_LGBD: Tensor = tensor_LND.unflatten(1, (num_groups, batch))  # type: ignore[no-untyped-call]
+    return by_group_LGBD.permute(2, 1, 0, 3)
 
 
 def _taken(tensor_TGD: Tensor, keys: list[slice]) -> Tensor:
