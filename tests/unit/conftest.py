@@ -5,9 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from spin_megatron.generation import external
 from tests.doubles.installation import Site
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from tests.unit.tiny_models import TINY, write_model
+
+
+@pytest.fixture(autouse=True)
+def _quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doubles answer at once: most of a test would be the driver's wait for its next look."""
+    monkeypatch.setattr(external, "_POLL_SECONDS", 0.02)
 
 
 @pytest.fixture
