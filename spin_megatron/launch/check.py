@@ -31,7 +31,7 @@ def check(arguments: argparse.Namespace) -> int:
         importlib.import_module("spin_megatron.stages.export").check_folder(Path(config.model.path))
     examine_engine(config)
     if config.evaluate.lm_eval_tasks and not config.slurm.stages:  # the Python of a cluster's ranks is another
-        check_harness()
+        check_harness(config)
     is_here = Path(config.model.path).is_dir() and Path(config.data.source).exists()
     example = importlib.import_module("spin_megatron.stages.prepare").preview(config) if is_here else None
     print_line(config)
@@ -59,9 +59,16 @@ def examine_engine(config: RunConfig) -> None:
         logger.info("engine %s: %s", config.generate.engine, found)
 
 
-def check_harness() -> None:
-    """Find out now, and not when the first iteration is trained. Raises ValueError when lm-evaluation-harness is not installed."""
+def check_harness(config: RunConfig) -> None:
+    """Find out now, and not when the first iteration is trained, whether benchmarks can run.
+
+    Raises:
+        ValueError: lm-evaluation-harness is not installed, or its folder of further tasks is not there.
+    """
     importlib.import_module("spin_megatron.stages.benchmark").harness_version()
+    include = config.evaluate.lm_eval_include
+    if include is not None and not Path(include).is_dir():
+        raise ValueError(f"evaluate.lm_eval_include={include} is no folder; relative paths count from the config file's.")
 
 
 def check_config(config: RunConfig) -> None:

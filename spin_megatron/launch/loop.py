@@ -26,12 +26,12 @@ _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "w
 def run(arguments: argparse.Namespace) -> int:
     """Start a run, or go on with it, until every stage is done or a rule of [stop] ends it."""
     config, layout = open_or_start(arguments)
+    if any(ref.name == "benchmark" for ref in missing_stages(config, layout)):
+        check_harness(config)
     remember_changes(config, layout)
     if arguments.redo:
         for ref in redo(config, layout, _parse_ref(arguments.redo)):
             logger.info("moved aside: %s", ref)
-    if any(ref.name == "benchmark" for ref in missing_stages(config, layout)):
-        check_harness()
     refs = line(config)
     with Launcher() as launcher:
         for number, ref in enumerate(refs, start=1):

@@ -146,7 +146,7 @@ def test_benchmarks_are_added_to_a_finished_run_and_nothing_else_runs_again(
         assert ref.name == "benchmark" or settings_of(config, ref) == settings_of(frozen, ref), f"{ref} became stale"
 
 
-def test_a_harness_that_is_missing_is_missed_before_anything_runs(
+def test_a_harness_or_its_tasks_that_are_missing_are_missed_before_anything_runs(
     config_path: Path, finished: list[StageRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def missing(package: str) -> str:
@@ -157,6 +157,10 @@ def test_a_harness_that_is_missing_is_missed_before_anything_runs(
     for words in (["check", str(config_path)], ["run", str(config_path), "--run-dir", str(tmp_path / "run")]):
         assert main(words) == 2
         assert "pip install 'spin-megatron[eval]'" in capsys.readouterr().err
+        monkeypatch.setattr("spin_megatron.stages.benchmark.version", lambda package: "0.4.9")
+        assert main([*words, "--set", "evaluate.lm_eval_include=taks"]) == 2
+        assert "evaluate.lm_eval_include=taks is no folder" in " ".join(capsys.readouterr().err.split())
+        monkeypatch.setattr("spin_megatron.stages.benchmark.version", missing)
     assert finished == []
 
 
