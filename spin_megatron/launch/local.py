@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from spin_megatron.launch.allocator import allocator_variables
-from spin_megatron.launch.gpus import visible_gpus
 from spin_megatron.run.children import ended_with_parent
 
 DONE, FAILED, BAD_INPUT, INCOMPLETE, STOPPED = 0, 1, 2, 3, 75
@@ -26,7 +25,6 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 20.0
 POLL_SECONDS = 0.05
 PROGRAM = (sys.executable, "-m", "spin_megatron.cli")
-_COMPILER_SWITCH = "TORCHDYNAMO_DISABLE"
 _PARENT = "SPIN_MEGATRON_PARENT_PID"
 # The descriptor in rank 0 of the socket at which it serves the meeting of all ranks; mcore/runtime.py takes it.
 MEETING_SOCKET = "SPIN_MEGATRON_MEETING_SOCKET"
@@ -96,7 +94,7 @@ class Launcher:
         ranks: list[subprocess.Popen[bytes]] = []
         # Rank 0 gets the socket itself: a port that is only known to be free now may be another's when it starts to listen.
         meeting = socket.create_server(("127.0.0.1", 0))
-        common = allocator_variables() | _without_compiler() | dict(variables or {})
+        common = allocator_variables() | dict(variables or {})
         for rank in range(world_size):
             log_file = attempt / f"rank_{rank}.log"
             command = [*PROGRAM, *arguments, "--log-file", str(log_file)]
@@ -148,14 +146,6 @@ def _environment(rank: int, world_size: int, port: int, threads: int) -> dict[st
         # Without it gloo looks up this machine's own name, which need not resolve.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment
-
-
-def _without_compiler() -> dict[str, str]:
-    """Environment variables that spare ranks on a CPU torch's compiler: 0.6 s of their start and 0.1 GB each.
-
-    Megatron Core hands functions to torch.compile while it is imported, which loads it; on a CPU none of them is called.
-    """
-    return {} if _COMPILER_SWITCH in os.environ or visible_gpus() else {_COMPILER_SWITCH: "1"}
 
 
 def new_attempt(log_folder: Path) -> Path:

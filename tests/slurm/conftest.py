@@ -79,7 +79,6 @@ def cluster(private_folder: Path, small_disk: SmallDisk) -> Iterator[Cluster]:
     environment.setenv("PYTHONPATH", str(REPOSITORY))
     environment.setenv("SPIN_PYTHON", sys.executable)
     environment.setenv("OMP_NUM_THREADS", "1")
-    environment.setenv("TORCHDYNAMO_DISABLE", "1")  # as ranks on a CPU have it without Slurm
     try:
         cluster.up(options, fresh=True, wait_seconds=180)
         yield cluster

@@ -87,23 +87,6 @@ def test_the_tcmalloc_that_is_found_is_what_a_rank_runs_with(monkeypatch: pytest
     assert "tcmalloc" in (tmp_path / "maps").read_text()
 
 
-def test_ranks_on_a_cpu_do_without_torch_s_compiler_unless_the_user_has_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    monkeypatch.setattr(local, "visible_gpus", list)
-    body = "(out / 'switch').write_text(os.environ.get('TORCHDYNAMO_DISABLE', 'none'))"
-
-    def switch() -> str:
-        assert launch(monkeypatch, tmp_path, body, world_size=1) == 0
-        return (tmp_path / "switch").read_text()
-
-    assert switch() == "1"
-    monkeypatch.setattr(local, "visible_gpus", lambda: [("0", "NVIDIA H100")])
-    assert switch() == "none"
-    monkeypatch.setattr(local, "visible_gpus", list)
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
-    assert switch() == "0"
-
-
 @pytest.mark.timeout(90)
 def test_the_port_the_ranks_meet_at_is_never_free_to_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     body = """
