@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spin_megatron import __version__
-from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher, end_with_parent
+from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher, end_with_parent, stop_signals
 from spin_megatron.run.manifest import StageIncomplete, StaleStage, is_disk_full
 
 DEFECT = 1
@@ -210,7 +210,7 @@ def _threads() -> int:
 
 
 def _catch_stop_signals(*, polled: bool) -> Callable[[], bool]:
-    """SIGTERM and SIGINT ask a polling stage to save and leave, and end any other; returns whether one came."""
+    """A stop signal asks a polling stage to save and leave, and ends any other; returns whether one came."""
     received: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -219,7 +219,7 @@ def _catch_stop_signals(*, polled: bool) -> Callable[[], bool]:
         if not polled:
             sys.exit(STOPPED)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, note)
     return lambda: bool(received)
 

@@ -1,7 +1,7 @@
 """Start the ranks of a stage as processes on this machine, and end them together.
 
 Rank 0 keeps the terminal (progress bars); every rank writes logs/<stage>/attempt_N/rank_R.log. A rank that fails takes the
-others down after a grace period. SIGTERM and SIGINT are passed on, so that a stage can save and leave with exit code 75.
+others down after a grace period. SIGTERM, SIGINT and SIGHUP are passed on, so that a stage can save and leave with exit code 75.
 """
 
 import logging
@@ -33,7 +33,7 @@ MEETING_SOCKET = "SPIN_MEGATRON_MEETING_SOCKET"
 class Launcher:
     """Starts stages and, inside `with`, passes a stop on to every rank that runs; enter it in the main thread.
 
-    Once SIGTERM or SIGINT came, nothing new is started. A second SIGINT ends the ranks where they are.
+    Once one of `stop_signals` came, nothing new is started. A second SIGINT ends the ranks where they are.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Launcher:
         return self._stop_requested.is_set()
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             self._previous[number] = signal.signal(number, self._stop)
         return self
 
@@ -113,6 +113,12 @@ class Launcher:
         if self.is_stopping():  # a signal came while they were started
             self._pass_on(ranks)
         return _wait(ranks, self._end_requested)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """What asks to save and leave: also the end of the terminal, unless that is ignored (nohup)."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if is_ignored else [signal.SIGHUP])]
 
 
 def end_with_parent() -> None:
@@ -183,7 +189,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], end_requested: threading.Eve
         return STOPPED
     if first_failure < 0:
         logger.error("a rank was killed by signal %d%s", -first_failure, " (out of memory?)" if first_failure == -signal.SIGKILL else "")
-        first_failure = STOPPED if first_failure in (-signal.SIGTERM, -signal.SIGINT) else FAILED
+        first_failure = STOPPED if first_failure in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP) else FAILED
     # A rank that is killed while another explains a bad input is not the reason.
     explained = [code for code in codes if code in (BAD_INPUT, INCOMPLETE)]
     return explained[0] if explained else first_failure

@@ -19,7 +19,16 @@ from spin_megatron.run.manifest import plain, write_text
 
 
 class _Terminal(Console):
-    """Standard error. Whoever reads it may go first, as tee does on Ctrl-C: rich would then end the process, before its state is saved."""
+    """Standard error. Whoever reads it may go first: tee on Ctrl-C, a terminal whose connection breaks.
+
+    Rich would then end the process, or raise an error, before the stage has saved its state; it goes on unseen.
+    """
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

@@ -1,6 +1,7 @@
 """The launcher: exit codes, signals, logs, and no orphans."""
 
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -158,8 +159,8 @@ WAITS_FOR_A_STOP = """
 """
 
 
-def start_launcher(tmp_path: Path, body: str, stderr: int | None = None) -> subprocess.Popen[bytes]:
-    """A launcher in a process of its own, once both its ranks are up."""
+def launcher_code(tmp_path: Path, body: str) -> str:
+    """The source of a process that is a launcher of two ranks."""
     program = rank_program(tmp_path, body)
     code = f"""
         from pathlib import Path
@@ -170,13 +171,26 @@ def start_launcher(tmp_path: Path, body: str, stderr: int | None = None) -> subp
         with local.Launcher() as launcher:
             raise SystemExit(launcher.launch(["train"], world_size=2, threads=1, log_folder=Path({str(tmp_path / "logs")!r})))
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=stderr)
+    return textwrap.dedent(code)
+
+
+def wait_for_ranks(tmp_path: Path) -> None:
     for _ in range(600):
         if (tmp_path / "up0").exists() and (tmp_path / "up1").exists():
-            return process
+            return
         time.sleep(0.05)
-    process.kill()
     raise AssertionError("the ranks did not start")
+
+
+def start_launcher(tmp_path: Path, body: str, stderr: int | None = None) -> subprocess.Popen[bytes]:
+    """A launcher in a process of its own, once both its ranks are up."""
+    process = subprocess.Popen([sys.executable, "-c", launcher_code(tmp_path, body)], stderr=stderr)
+    try:
+        wait_for_ranks(tmp_path)
+    except AssertionError:
+        process.kill()
+        raise
+    return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -186,27 +200,49 @@ def test_a_stop_reaches_every_rank_and_is_reported_as_75(tmp_path: Path, number:
     assert process.wait(timeout=30) == 75
 
 
-def test_a_stop_saves_although_whoever_read_the_messages_is_gone(tmp_path: Path) -> None:
-    body = """
+SAVES_AFTER_A_STOP = """
     import logging
-    from spin_megatron.run.telemetry import configure_logging
+    from spin_megatron.launch.local import stop_signals
+    from spin_megatron.run.telemetry import configure_logging, progress_bar
     configure_logging(None)
     stop = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    for number in stop_signals():
+        signal.signal(number, lambda number, frame: stop.append(number))
     (out / f"up{rank}").touch()
-    while not stop:
-        time.sleep(0.05)
-    for word in ("one more step", "stopped on request"):
-        logging.getLogger("spin_megatron").info(word)
-    (out / f"saved{rank}").touch()
+    with progress_bar("train (steps)", 100, show=rank == 0) as advance:
+        while not stop:
+            time.sleep(0.05)
+            advance(1)
+        for word in ("one more step", "stopped on request"):
+            logging.getLogger("spin_megatron").info(word)
+        (out / f"saved{rank}").touch()
     sys.exit(75)
-    """
-    process = start_launcher(tmp_path, body, stderr=subprocess.PIPE)
+"""
+
+
+def test_a_stop_saves_although_whoever_read_the_messages_is_gone(tmp_path: Path) -> None:
+    process = start_launcher(tmp_path, SAVES_AFTER_A_STOP, stderr=subprocess.PIPE)
     assert process.stderr is not None
     process.stderr.close()  # as tee leaves on Ctrl-C
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 75
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+
+
+def test_the_end_of_the_terminal_is_a_stop(tmp_path: Path) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:  # pragma: no cover (another process, which becomes the launcher)
+        os.execv(sys.executable, [sys.executable, "-c", launcher_code(tmp_path, SAVES_AFTER_A_STOP)])
+    wait_for_ranks(tmp_path)
+    os.close(terminal)  # as a connection that breaks
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+
+
+def test_the_end_of_the_terminal_is_none_under_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert signal.SIGHUP in local.stop_signals()
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    assert local.stop_signals() == [signal.SIGTERM, signal.SIGINT]
 
 
 def test_a_second_ctrl_c_ends_ranks_that_do_not_leave(tmp_path: Path) -> None:
