@@ -20,6 +20,7 @@ from spin_megatron.stage_table import STAGES, StageRef, folder_of, line, log_fol
 logger = logging.getLogger(__name__)
 
 BAR_SECONDS = 1.0
+NUM_NAMED_STAGES = 4
 _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "was stopped, and the same command goes on with it"}
 
 
@@ -62,7 +63,8 @@ def _run_group(launcher: Launcher, config: RunConfig, layout: RunLayout, group: 
     if not missing:
         logger.info("%s %s: done before", position, group[0])
         return DONE
-    logger.info("%s %s", position, ", ".join(str(ref) for ref in missing))
+    more = f" and {len(missing) - NUM_NAMED_STAGES} more" if len(missing) > NUM_NAMED_STAGES else ""
+    logger.info("%s %s%s", position, ", ".join(map(str, missing[:NUM_NAMED_STAGES])), more)
     if len(missing) > 1 and group[0].name == "generate":
         codes = _run_shards(launcher, config, layout, missing)
     else:

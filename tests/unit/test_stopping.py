@@ -164,6 +164,15 @@ def test_a_harness_or_its_tasks_that_are_missing_are_missed_before_anything_runs
     assert finished == []
 
 
+def test_of_many_shards_the_first_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="spin_megatron")
+    monkeypatch.setattr(loop, "launch_stage", lambda *_arguments: 0)
+    for count, more in ((4, ""), (500, " and 496 more")):
+        group = [StageRef("benchmark", 0, task) for task in range(count)]
+        assert loop._run_group(None, None, RunLayout(tmp_path), group, "[1/9]") == 0  # type: ignore[arg-type]
+        assert caplog.messages[-1] == "[1/9] " + ", ".join(f"benchmark 0 shard {task}" for task in range(4)) + more
+
+
 def test_what_was_stopped_is_no_error_and_names_no_log_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
