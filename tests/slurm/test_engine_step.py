@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
 from spin_megatron.stage_table import StageRef, folder_of
 from tests.doubles.installation import H100, Site, skip_where_paths_are_split
-from tests.slurm.cluster_run import REPOSITORY
+from tests.slurm.cluster_run import REPOSITORY, ClusterRun
 from tests.tiny_run import make_tiny_run, spin_megatron
 from tools.local_slurm.cluster import Cluster
 
@@ -28,14 +27,17 @@ while [ ! -e "$STARTED.$SLURM_STEP_ID" ]; do sleep 0.1; done
 """
 
 
-def run_job(layout: RunLayout, ref: StageRef, variables: dict[str, str]) -> str:
+def run_job(run: ClusterRun, ref: StageRef, variables: dict[str, str]) -> str:
     """Run a stage as its job does, less the GPUs that no node here has; returns the job's log."""
-    script, log = layout.root / "job.sh", layout.root / f"{ref.name}.log"
+    root = run.layout.root
+    script, log = root / "job.sh", root / f"{ref.name}.log"
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
-    body = f"exec {shlex.quote(sys.executable)} -m spin_megatron.launch.supervise {shlex.quote(str(layout.root))} {ref.name} 0\n"
+    body = f"exec {shlex.quote(sys.executable)} -m spin_megatron.launch.supervise {shlex.quote(str(root))} {ref.name} 0\n"
     script.write_text(f"#!/bin/bash\n{exports}{body}")
     shape = ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2", "--array=0-0", f"--output={log}", f"--chdir={REPOSITORY}"]
-    subprocess.run(["sbatch", "--wait", *shape, str(script)], check=False, capture_output=True, timeout=240)
+    job = run.slurm("sbatch", "--parsable", *shape, str(script)).strip()
+    # `sbatch --wait` looks after 2, 8 and 32 seconds.
+    run.wait(lambda: run.job_state(f"{job}_0") in ("COMPLETED", "FAILED"), f"the end of {ref}")
     return log.read_text()
 
 
@@ -60,6 +62,7 @@ def test_two_ranks_build_and_answer_in_steps_of_a_job_with_one_task(cluster: Clu
     changes = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     config = load_config(make_tiny_run(tmp_path / "model"), changes)
     check_resources(config)
+    run = ClusterRun(cluster, layout)
     layout.root.mkdir()
     layout.run_json.write_text(config.model_dump_json())
     for verb in ("export", "prepare"):
@@ -67,12 +70,12 @@ def test_two_ranks_build_and_answer_in_steps_of_a_job_with_one_task(cluster: Clu
         assert done.returncode == 0, done.stderr
     # This Slurm has no pmix, which the real launcher needs and the double does not.
     variables = {"SPIN_ENGINE_SRUN_OPTIONS": "--mpi=none"}
-    log = run_job(layout, StageRef("build-engine", 0), variables)
+    log = run_job(run, StageRef("build-engine", 0), variables)
     engine = folder_of(layout, StageRef("build-engine", 0))
     manifest = read_manifest(engine)
     assert manifest is not None, log
     assert {"rank0.engine", "rank1.engine"} <= {output.path for output in manifest.outputs}
-    log = run_job(layout, StageRef("generate", 0, 0), variables)
+    log = run_job(run, StageRef("generate", 0, 0), variables)
     answered = read_manifest(folder_of(layout, StageRef("generate", 0, 0)))
     assert answered is not None, log
     assert answered.summary["responses"] == 40
