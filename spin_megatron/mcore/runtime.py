@@ -26,6 +26,8 @@ Group = dist.ProcessGroup
 DeviceKind = Literal["cpu", "cuda"]
 # launch/local.py sets it: the descriptor in rank 0 of a socket that listens already.
 _MEETING_SOCKET = "SPIN_MEGATRON_MEETING_SOCKET"
+# How long a collective waits for a rank that is gone. No rank works alone for as long between two.
+_TIMEOUT_MINUTES = 30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -73,14 +75,13 @@ class Runtime:
         return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
 
-def start_runtime(layout: ParallelLayout, *, device: DeviceKind, seed: int, timeout_minutes: int = 30) -> Runtime:
+def start_runtime(layout: ParallelLayout, *, device: DeviceKind, seed: int) -> Runtime:
     """Start this rank's process groups.
 
     Args:
         layout: its world_size must be the number of ranks that were started.
         device: "cpu" or "cuda"; with "cuda" each rank takes the GPU of its LOCAL_RANK.
         seed: of Megatron Core's random number trackers; dropout is off, so no result depends on it.
-        timeout_minutes: how long a collective waits for a rank that is gone.
 
     Raises:
         ValueError: the number of ranks does not fit the layout, or device is "cuda" and there is none.
@@ -94,9 +95,9 @@ def start_runtime(layout: ParallelLayout, *, device: DeviceKind, seed: int, time
     opened = contextlib.ExitStack()
     try:
         torch_device = _open_device(device, opened)
-        _start_torch_distributed(rank, world_size, torch_device, timedelta(minutes=timeout_minutes))
+        _start_torch_distributed(rank, world_size, torch_device)
         opened.callback(dist.destroy_process_group)
-        return _start_megatron(layout, rank, world_size, torch_device, seed, timeout_minutes, opened)
+        return _start_megatron(layout, rank, world_size, torch_device, seed, opened)
     except BaseException:
         opened.close()
         raise
@@ -151,9 +152,10 @@ def _return_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**25)
 
 
-def _start_torch_distributed(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
+def _start_torch_distributed(rank: int, world_size: int, device: torch.device) -> None:
     """Start the default group: gloo, or NCCL with gloo beside it for CPU tensors."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(minutes=_TIMEOUT_MINUTES)
     if world_size == 1:
         # A single rank has nobody to meet: no port is opened, so many can run side by side.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
@@ -173,7 +175,7 @@ def _start_torch_distributed(rank: int, world_size: int, device: torch.device, t
 
 
 def _start_megatron(
-    layout: ParallelLayout, rank: int, world_size: int, device: torch.device, seed: int, timeout_minutes: int, opened: contextlib.ExitStack
+    layout: ParallelLayout, rank: int, world_size: int, device: torch.device, seed: int, opened: contextlib.ExitStack
 ) -> Runtime:
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -184,7 +186,7 @@ def _start_megatron(
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
-        distributed_timeout_minutes=timeout_minutes,
+        distributed_timeout_minutes=_TIMEOUT_MINUTES,
     )
     opened.callback(parallel_state.destroy_model_parallel)
     torch.manual_seed(seed)
