@@ -26,13 +26,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from spin_megatron.mcore.context import ContextPlan, gather_pack, plan_context
 from spin_megatron.mcore.rotary import rotate
 from spin_megatron.mcore.sdpa import attend_by_branch, attend_with_cpu_flash
-from spin_megatron.mcore.varlen import PlanCache, VarlenPlan, branch_keys, gather_keys
+from spin_megatron.mcore.varlen import PlanCache, VarlenPlan, branch_keys, gather_keys, with_padding
 
 BackendName = Literal["cpu_flash", "flash_attn", "transformer_engine", "torch_varlen", "sdpa"]
 _VARLEN: tuple[BackendName, ...] = ("flash_attn", "torch_varlen", "transformer_engine")
@@ -145,18 +144,21 @@ class BranchAttention(torch.nn.Module):
             attention_mask: branches_B4 of the whole pack, int64 on the CPU.
 
         Returns:
-            [T, 1, N * D] in query's dtype; exactly 0 for tokens of no branch (padding). Softmax and sums are fp32.
+            [T, 1, N * D] in query's dtype. Softmax and sums are fp32. Padding, the tokens of no branch, gets 0, or from a variable-length
+            kernel what it sees of itself.
         """
         assert attention_bias is None
         assert packed_seq_params is None
         assert query.shape[1] == 1, "a micro-batch is one pack"
         branches_B4 = attention_mask
         query_TND, key_TGD, value_TGD = (tensor.squeeze(1) for tensor in (query, key, value))
+        size, rank = (1, 0) if self.context_group is None else (self.context_group.size(), self.context_group.rank())
         if self.rotary is not None:
-            size, rank = (1, 0) if self.context_group is None else (self.context_group.size(), self.context_group.rank())
             table_2T1D = self.rotary.get(branches_B4, query.device, query.shape[0] * size, size, rank)
             # The values' copy lets go of the projection's whole output, of which they are a part.
             query_TND, key_TGD, value_TGD = rotate(query_TND, table_2T1D), rotate(key_TGD, table_2T1D), value_TGD.contiguous()
+        if self.backend.name in _VARLEN:
+            branches_B4 = with_padding(branches_B4, query.shape[0] * size)
         if self.context_group is not None:
             key_TGD, value_TGD, branches_B4 = self._share(key_TGD, value_TGD, branches_B4, self.context_group)
         if branches_B4.shape[0] == 0:
@@ -182,9 +184,7 @@ class BranchAttention(torch.nn.Module):
         return key_TGD, value_TGD, plan.branches_S4
 
     def _varlen(self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, plan: VarlenPlan) -> Tensor:
-        key_KGD, value_KGD = (branch_keys(tensor, plan) for tensor in (key_TGD, value_TGD))
-        context = self._varlen_kernel(plan)(query_TND[: plan.used], key_KGD, value_KGD)
-        return F.pad(context, (0, 0, 0, 0, 0, query_TND.shape[0] - plan.used))
+        return self._varlen_kernel(plan)(query_TND, branch_keys(key_TGD, plan), branch_keys(value_TGD, plan))
 
     def _varlen_kernel(self, plan: VarlenPlan) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         if self.backend.name == "flash_attn":

@@ -151,6 +151,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        hidden = hidden.contiguous()  # keys are a view of the projection's whole output, which saving the view would keep
         scale = hidden.new_empty((*hidden.shape[:-1], 1), dtype=_at_least_float32(hidden[:0]).dtype)
         for hidden_rows, scale_rows in row_blocks(hidden, scale):
             scale_rows.copy_(_at_least_float32(hidden_rows).square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_())

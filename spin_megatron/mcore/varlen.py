@@ -27,15 +27,13 @@ Plan = TypeVar("Plan")
 class VarlenPlan:
     """Where a variable-length kernel finds the branches. cu_*: int32 [B + 1] running sums on the device.
 
-    used: tokens in branches; they are the first of the pack. keys: which keys are gathered, None where every branch's keys are its
-    own tokens.
+    keys: which keys are gathered, None where every branch's keys are its own tokens.
     """
 
     cu_queries_B1: Tensor
     cu_keys_B1: Tensor
     max_queries: int
     max_keys: int
-    used: int
     keys: "KeyGather | None"
 
 
@@ -60,7 +58,7 @@ def plan_varlen(branches_B4: Tensor, device: torch.device) -> VarlenPlan:
     """Turn branches into the arguments of a variable-length kernel. Branches must follow each other without a gap."""
     _, prefix_B, start_B, length_B = branches_B4.unbind(1)
     ends_B = length_B.cumsum(0)
-    assert torch.equal(start_B, ends_B - length_B), "branches must cover the pack's first tokens in order"
+    assert torch.equal(start_B, ends_B - length_B), "branches must cover the tokens in order"
     keys_B = prefix_B + length_B
 
     keys = None
@@ -72,9 +70,16 @@ def plan_varlen(branches_B4: Tensor, device: torch.device) -> VarlenPlan:
         cu_keys_B1=to_device(F.pad(keys_B.cumsum(0), (1, 0)).to(torch.int32), device),
         max_queries=int(length_B.max()),
         max_keys=int(keys_B.max()),
-        used=int(ends_B[-1]),
         keys=keys,
     )
+
+
+def with_padding(branches_B4: Tensor, num_tokens: int) -> Tensor:
+    """The branches of a pack and its padding as one more. A kernel then writes a row of every token, and what it keeps for its backward is
+    what the projection reads; padding sees padding, and nothing sees it."""
+    used = int(branches_B4[-1, 2:].sum()) if branches_B4.shape[0] else 0
+    padding = branches_B4.new_tensor([[used, 0, used, num_tokens - used]])
+    return branches_B4 if used == num_tokens else torch.cat((branches_B4, padding))
 
 
 def _copies(gather_K: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -115,7 +120,8 @@ class PlanCache(Generic[Plan]):
 
 def branch_keys(keys_TGD: Tensor, plan: VarlenPlan) -> Tensor:
     """Keys (or values) of all branches one after the other, each with its prefix before it: [K, G, D]."""
-    return keys_TGD[: plan.used] if plan.keys is None else gather_keys(keys_TGD, plan.keys)
+    # Values are a part of the projection's whole output, which a kernel that saves the part would keep.
+    return keys_TGD.contiguous() if plan.keys is None else gather_keys(keys_TGD, plan.keys)
 
 
 def gather_keys(keys_TGD: Tensor, gather: KeyGather) -> Tensor:

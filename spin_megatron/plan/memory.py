@@ -216,9 +216,6 @@ def layer_widths(shape: ModelShape, layout: ParallelLayout, settings: TrainSetti
     kv_heads = max(shape.num_kv_heads, layout.tensor)  # shared by ranks where there are fewer
     key_value = 2 * kv_heads * (layout.context + settings.shared_prefix)
     attention = (2 * shape.num_heads + key_value) * shape.head_dim / layout.tensor
-    is_input_of_projection_kept = "proj" in settings.adapters.targets if settings.adapters else not settings.is_fp8
-    if is_input_of_projection_kept:  # the output padded to the pack's length, a copy beside the kernel's own
-        attention += shape.num_heads * shape.head_dim / layout.tensor
     statistics = shape.num_heads / layout.tensor
     if shape.qk_norm:  # queries and keys before their norms, which TE's keep beside one number a head
         heads = (shape.num_heads + kv_heads) / layout.tensor

@@ -268,23 +268,19 @@ def test_planned_activations_of_a_layer_are_what_autograd_keeps(
     """Exact, with what parts local layers from the GPU's: the planner's formula is that of Transformer Engine's.
 
     Each local norm keeps one fp32 number a token. What norms and the activation give is made again (mcore/layers.py), but for the input
-    of an MLP that is recomputed as a whole; with adapters the formula counts it where an adapter reads it. The CPU's attention writes
-    into the pack's length at once. The local norm of the keys holds the projection's whole output, of which they are a part.
+    of an MLP that is recomputed as a whole; with adapters the formula counts it where an adapter reads it.
     """
     shape = ModelShape("qwen3" if qk_norm else "llama", 4, 128, 320, 8, 2, 16, 256, 4096, 1e-5, 1e4, qk_norm=qk_norm)
     num_tokens = 128
     split = layout.tensor if layout.sequence else 1
     statistics = 2 * 4 // split
-    # Values and queries; where a rank has one group of keys, the queries are not copied out of it.
-    rest_of_qkv = 2 * 16 * (2 + 8 if layout.tensor == 1 else 1) if qk_norm else 0
     read = set(MODULES) if adapters is None else set(adapters.targets)
     hidden, activated = 2 * shape.hidden_size // split, 2 * shape.ffn_hidden_size // layout.tensor
-    padded = 2 * 8 * 16 // layout.tensor * ("proj" in read)
     made_again = {
         "none": (("qkv" in read) + ("fc1" in read)) * hidden + ("fc2" in read) * activated,
         "selective": ("qkv" in read) * hidden,
     }
     for mode, num_bytes in layer_bytes(shape, layout, num_tokens, adapters).items():
         widths = layer_widths(shape, layout, TrainSettings(num_tokens, 1, recompute=mode, adapters=adapters))
-        beyond = 0 if mode == "full" else statistics + rest_of_qkv - padded - made_again[mode]
+        beyond = 0 if mode == "full" else statistics - made_again[mode]
         assert num_bytes == (widths.token_bytes(2, mode) + beyond) * num_tokens, mode

@@ -105,23 +105,22 @@ def test_one_forward_one_backward_holds_the_stages_after_it(rank: int, micro_bat
 
 
 def test_a_layer_keeps_what_its_widths_say() -> None:
-    # Tokens of 64 elements: norms' inputs and outputs 4 x 64, queries, output and its padded copy 3 x 64, keys and values 2 x 32,
-    # SwiGLU 3 x 96.
+    # Tokens of 64 elements: norms' inputs and outputs 4 x 64, queries and output 2 x 64, keys and values 2 x 32, SwiGLU 3 x 96.
     settings = TrainSettings(128, 1)
     widths = layer_widths(SMALL, ParallelLayout(), settings)
-    assert (widths.residual, widths.attention, widths.mlp, widths.checkpoint) == (256, 256, 288, 64)
-    assert widths.token_bytes(2, "none") == 2 * (256 + 256 + 288) + 4 * 4
-    assert widths.token_bytes(2, "selective") == 2 * (256 + 256) + 4 * 4
+    assert (widths.residual, widths.attention, widths.mlp, widths.checkpoint) == (256, 192, 288, 64)
+    assert widths.token_bytes(2, "none") == 2 * (256 + 192 + 288) + 4 * 4
+    assert widths.token_bytes(2, "selective") == 2 * (256 + 192) + 4 * 4
     assert widths.token_bytes(2, "full") == 2 * 64
     # Norms of heads: their 64 + 32 inputs, and a scale for each of 4 + 2 heads besides the 4 sums of the attention.
     normed = layer_widths(replace(SMALL, qk_norm=True), ParallelLayout(), settings)
-    assert normed == replace(widths, attention=256 + 96, statistics=4 + 4 + 2)
+    assert normed == replace(widths, attention=192 + 96, statistics=4 + 4 + 2)
     # Two heads of keys over four ranks: one on each.
-    assert layer_widths(SMALL, ParallelLayout(tensor=4), settings).attention == 3 * 16 + 2 * 16
+    assert layer_widths(SMALL, ParallelLayout(tensor=4), settings).attention == 2 * 16 + 2 * 16
     split = layer_widths(SMALL, ParallelLayout(tensor=2, sequence=True), settings)
-    assert (split.residual, split.attention, split.mlp) == (128, 128, 144)
+    assert (split.residual, split.attention, split.mlp) == (128, 96, 144)
     assert layer_widths(SMALL, ParallelLayout(tensor=2), settings).residual == 256
-    assert layer_widths(SMALL, ParallelLayout(), replace(settings, shared_prefix=0.5)).attention == 3 * 64 + 1.5 * 64
+    assert layer_widths(SMALL, ParallelLayout(), replace(settings, shared_prefix=0.5)).attention == 2 * 64 + 1.5 * 64
 
 
 def test_full_recompute_keeps_layer_inputs_and_one_layer() -> None:
