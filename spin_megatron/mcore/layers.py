@@ -71,9 +71,9 @@ def layer_submodules(
         attention_norm = RmsNorm if qk_norm else IdentityOp
         spec.submodules.self_attention.submodules.q_layernorm = attention_norm
         spec.submodules.self_attention.submodules.k_layernorm = attention_norm
-        if num_experts is None:
-            _submodules(spec.submodules.mlp).activation_func = Swiglu
-        else:
+        mlp = _submodules(spec.submodules.mlp)
+        (mlp if num_experts is None else _submodules(mlp.experts)).activation_func = Swiglu
+        if num_experts is not None:
             # Saved as if it were fused into linear_fc1, which of an expert layer not even Transformer Engine's spec does: under its own
             # name a checkpoint of one spec loads into the other.
             del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]

@@ -236,7 +236,7 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         # Our own gated activation stands where Transformer Engine's would (mcore.layers).
-        use_te_activation_func=not has_te and is_dense,
+        use_te_activation_func=not has_te,
         window_size=None if shape.sliding_window is None else (shape.sliding_window - 1, 0),
         rotary_interleaved=False,
         hidden_dropout=0.0,
