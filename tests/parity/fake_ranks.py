@@ -32,7 +32,7 @@ def fake_rank(layout: ParallelLayout, rank: int, *, device: str = "meta") -> Ite
         # gloo groups beside the fake ones would look for real ranks.
         parallel_state.initialize_model_parallel = functools.partial(original, create_gloo_process_groups=False)
         opened.callback(setattr, parallel_state, "initialize_model_parallel", original)
-        yield runtimes._start_megatron(layout, rank, layout.world_size, torch.device(device), 0, 30, opened)
+        yield runtimes._start_megatron(layout, rank, layout.world_size, torch.device(device), 0, opened)
 
 
 class WeightsOnMeta(TorchFunctionMode):
