@@ -33,11 +33,10 @@ _GRACE_SECONDS = 30.0
 _STOP_SECONDS = 10.0
 _TOLD_LINES = 20
 _NOT_FOUND = 127  # of env: there is no such program
-# What must not reach the worker's environment: our Python's paths and thread count, and the switch that spares our ranks on a CPU torch's
-# compiler, as the worker may be on a GPU elsewhere; TensorRT-LLM's own engine cache, which is keyed by the model's path and would hand out
-# the engine of an earlier iteration; and a batch job's own shape, which srun takes for its step's.
+# What must not reach the worker's environment: our Python's paths and thread count; TensorRT-LLM's own engine cache, which is keyed
+# by the model's path and would hand out the engine of an earlier iteration; and a batch job's own shape, which srun takes for its step's.
 _UNSET = (
-    *("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE", "TLLM_LLMAPI_BUILD_CACHE", "TLLM_LLMAPI_BUILD_CACHE_ROOT"),
+    *("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS", "TLLM_LLMAPI_BUILD_CACHE", "TLLM_LLMAPI_BUILD_CACHE_ROOT"),
     *("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK"),
 )
 
