@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -29,13 +29,14 @@ class RankFailure(AssertionError):
     """Some rank raised, died or did not return in time. The message holds every rank's traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, is_fresh: bool = False) -> list[Any]:
     """Call function(*args) on `world_size` ranks.
 
     Args:
         function: importable (top level of a module); it reads its rank from RANK.
         args: picklable.
         timeout: seconds from the start until the ranks that are not done are killed.
+        is_fresh: start interpreters that have imported nothing, for what is decided by the environment at an import.
 
     Returns:
         What the function returned, by rank. It must be picklable; tensors are copied.
@@ -44,11 +45,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         RankFailure: a rank failed or the time ran out.
     """
     with meeting_ports(1) as (port,):
-        return _run_ranks(function, world_size, args, port, timeout)
+        context = multiprocessing.get_context("spawn") if is_fresh else fork_server()
+        return _run_ranks(function, world_size, args, port, timeout, context)
 
 
-def _run_ranks(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], port: int, timeout: float) -> list[Any]:
-    context = fork_server()
+def _run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    args: tuple[Any, ...],
+    port: int,
+    timeout: float,
+    context: ForkServerContext | SpawnContext,
+) -> list[Any]:
     processes: list[BaseProcess] = []
     pipes: list[multiprocessing.connection.Connection] = []
     for rank in range(world_size):

@@ -82,7 +82,7 @@ def _interpret(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Tensor]]:
-    return run_ranks(_interpret, 1, CASES, timeout=240)[0]
+    return run_ranks(_interpret, 1, CASES, timeout=240, is_fresh=True)[0]
 
 
 def _logits(case: dict[str, Any]) -> Tensor:

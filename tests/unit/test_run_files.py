@@ -1,10 +1,12 @@
 """Manifests, records and metrics: nothing half-written is taken for done, nothing is lost."""
 
 import io
+import itertools
 import json
 import logging
 import os
 import resource
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -168,8 +170,11 @@ def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resumed_at", [1, 0])  # 0: killed before its first checkpoint, or made anew
-def test_tensorboard_shows_the_resumed_values_once(resumed_at: int, tmp_path: Path) -> None:
+def test_tensorboard_shows_the_resumed_values_once(resumed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    # A file is named by the second it was made in; of one second, a tenth file of this process would be read before its ninth.
+    clock = itertools.count(time.time())
+    monkeypatch.setattr(time, "time", lambda: next(clock))
     for first, values in ((0, (1.0, 2.0, 3.0)), (resumed_at, (20.0, 30.0))):
         writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=first)
         for step, value in enumerate(values, start=first):
