@@ -192,7 +192,7 @@ def summarise(found: dict[str, list[dict[str, Any]]], work: dict[str, Any]) -> d
             "pairs_per_second": len(pairs) / seconds,
             "real_tokens_per_second": real_tokens / seconds,
             "cpu_seconds_per_step": statistics.median(statistics.median(outcome["cpu_seconds"][1:]) for outcome in outcomes),
-            "peak_bytes": max(outcome["peak_bytes"] for outcome in outcomes),
+            "peak_bytes": statistics.median(outcome["peak_bytes"] for outcome in outcomes),
             "rounds": len(outcomes),
             "needed_flops_per_second": flops / seconds,
             "losses": outcomes[0]["losses"],
