@@ -31,14 +31,17 @@ from spin_megatron.config_sections import (
 
 Value = TypeVar("Value")
 
-_MEMORY = ("recompute", "recompute_layers", "kept_logit_bytes", "distributed_optimizer")
-OPERATIONAL = ("save_every_steps", "keep_checkpoints", "max_skipped_steps", *_MEMORY)
+# Of what training reads: how the work is done, not what comes out.
+OPERATIONAL = (
+    *("train.save_every_steps", "train.keep_checkpoints", "train.max_skipped_steps"),
+    *("train.recompute", "train.recompute_layers", "train.kept_logit_bytes", "train.distributed_optimizer", "optimizer.offload_fraction"),
+)
 HARNESS = ("lm_eval_tasks", "lm_eval_model_args", "lm_eval_include")
 # A started run may be moved to another layout or machine, go on for longer and be measured by more: these sections and settings decide how
 # its stages run and which there are, not what one of them gives.
 CHANGEABLE = (
     *("run.iterations", "parallel", "launch", "slurm", "quality", "guard", "stop", "generate.environment", "generate.batch_size"),
-    *(f"train.{name}" for name in OPERATIONAL),
+    *OPERATIONAL,
     *(f"evaluate.{name}" for name in HARNESS),
 )
 PER_ITERATION = ("data.window", "objective.beta", "optimizer.learning_rate", "train.schedule_epochs", "train.stop_epoch")

@@ -109,7 +109,7 @@ STAGES: dict[StageName, Stage] = {
         ("run.seed", "objective", "optimizer", "train", "lora"),
         lambda layout, ref: layout.train(ref.iteration),
         lambda config, t: (StageRef("merge", t), StageRef("export", t)),
-        ignored=tuple(f"train.{name}" for name in OPERATIONAL),
+        ignored=OPERATIONAL,
         resumes=True,
         distributed=True,
     ),

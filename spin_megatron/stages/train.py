@@ -48,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 NUM_PROBE_PAIRS = 4
 NUM_NAMED_PAIRS = 20
-# Settings that decide how the work is done, not what comes out.
-_OPERATIONAL = (*OPERATIONAL, "offload_fraction")
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def _content_digest(folder: Path) -> str:
 def _recipe(context: StageContext, inputs: dict[str, str]) -> dict[str, Any]:
     """What decides the result, per-iteration settings as this iteration's scalars."""
     flat = flat_settings(context.config, ("objective", "optimizer", "train", "lora"))
-    chosen = {name: value for name, value in flat.items() if name.partition(".")[2] not in _OPERATIONAL}
+    chosen = {name: value for name, value in flat.items() if name not in OPERATIONAL}
     scalars = {name: getattr(context.scalars, name.partition(".")[2]) for name in PER_ITERATION if name in chosen}
     return {"run.seed": context.config.run.seed, **chosen, **scalars, **{f"input.{name}": digest for name, digest in inputs.items()}}
 

@@ -149,7 +149,9 @@ def test_what_training_takes_of_memory_and_time_may_change_in_a_started_run_and_
     config, layout = load_config(path), RunLayout(tmp_path)
     layout.run_json.write_text(config.model_dump_json())
     asked = ["train.recompute=full", "train.kept_logit_bytes=0", "train.save_every_steps=7", "train.keep_checkpoints=1"]
+    asked += ["optimizer.offload_fraction=0.5"]
     changed, _ = open_run(tmp_path, asked)
+    assert changed.optimizer.offload_fraction == 0.5
     assert (changed.train.recompute, changed.train.kept_logit_bytes, changed.train.save_every_steps) == ("full", 0, 7)
     # The same in the config file of a run that was started before.
     assert open_or_start(Namespace(target=path, run_dir=tmp_path, overrides=asked))[0] == changed
@@ -158,6 +160,8 @@ def test_what_training_takes_of_memory_and_time_may_change_in_a_started_run_and_
         assert settings_of(changed, StageRef(stage, 0, 0)) == settings_of(config, StageRef(stage, 0, 0))
     with pytest.raises(ValueError, match="a started run keeps its settings"):
         open_run(tmp_path, ["train.pack_tokens=8192"])
+    with pytest.raises(ValueError, match="a started run keeps its settings"):
+        open_run(tmp_path, ["optimizer.epsilon=1e-6"])
 
 
 def test_a_stage_s_process_is_told_of_tables_of_nothing_and_of_any_character(tmp_path: Path) -> None:
