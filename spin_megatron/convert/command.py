@@ -159,9 +159,11 @@ def inspect_command(arguments: argparse.Namespace) -> int:
 
 
 def _said(value: Any) -> str:
-    """A value for people: numbers with thousands, tables as name value pairs."""
+    """A value for people: numbers with thousands, a table as "11 tensors, 149,024 bytes, dtypes: 9 F32, 2 BF16"."""
     if isinstance(value, dict):
-        return ", ".join(f"{_said(item)} {name}" for name, item in value.items())
+        return ", ".join(f"{name}: {_said(item)}" if isinstance(item, dict) else f"{_said(item)} {name}" for name, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(_said, value))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)

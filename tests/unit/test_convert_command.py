@@ -132,6 +132,24 @@ def test_inspect_says_what_is_there_and_opens_no_pickle(tmp_path: Path) -> None:
         assert problem in facts["problems"][0]
 
 
+def test_inspect_says_for_people_how_many_tensors_are_of_which_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4), "c": torch.zeros(2000, dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
+    write_model(tmp_path / "source", SHAPE)
+    hf_to_torch_dist(tmp_path / "source", tmp_path / "megatron", show=False)
+    capsys.readouterr()
+    assert main(["convert", "inspect", str(tmp_path / "x.safetensors")]) == 0
+    facts = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert {name: facts[name].strip() for name in ("tensors", "parameters", "dtypes")} == {
+        "tensors": "3",
+        "parameters": "2,010",  # 6 + 4 + 2000
+        "dtypes": "2 F32, 1 BF16",
+    }
+    assert main(["convert", "inspect", str(tmp_path / "megatron")]) == 0
+    facts = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert facts["vouched for"].strip() == "yes"
+    assert facts["model"].strip() == "11 tensors, 74,512 parameters, 149,024 bytes, dtypes: 11 BF16"
+
+
 def test_inspect_asks_for_trust_before_it_opens_a_foreign_index(tmp_path: Path) -> None:
     write_model(tmp_path / "source", SHAPE)
     hf_to_torch_dist(tmp_path / "source", tmp_path / "run" / "megatron", show=False)
