@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_megatron.generation.engine import EngineSpec
-from spin_megatron.run.manifest import digest_file, digest_values, read_manifest, write_json
+from spin_megatron.run.manifest import digest_file, digest_values, fsync, fsync_tree, read_manifest, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ def build_once(spec: EngineSpec, folder: Path, identity: Mapping[str, Any], make
         _link_tree(cached, folder)
     else:
         make(folder)
+    fsync_tree(folder)  # builders do not
     write_json(folder / IDENTITY_NAME, identity)
     if cached is not None and not from_cache:
         _store(folder, cached)
@@ -89,7 +90,9 @@ def _store(folder: Path, cached: Path) -> None:
     aside = Path(tempfile.mkdtemp(prefix=".storing_", dir=cached.parent))
     try:
         _link_tree(folder, aside)
+        fsync_tree(aside)
         aside.rename(cached)
+        fsync(cached.parent)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         if not cached.exists():

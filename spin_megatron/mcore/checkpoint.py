@@ -10,7 +10,6 @@ adapters both hold the adapters in the weights' place: the frozen base is theta_
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from spin_megatron.mcore.lora import has_adapters, sharded_adapters
 from spin_megatron.mcore.optimizer import Trainer, gather_weights
 from spin_megatron.mcore.optimizer_state import restore_state, sharded_state_to_load, sharded_state_to_save
 from spin_megatron.mcore.runtime import Runtime
-from spin_megatron.run.manifest import digest_file, installed_versions, write_json
+from spin_megatron.run.manifest import digest_file, fsync_tree, installed_versions, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -194,8 +193,7 @@ def _save(folder: Path, state: dict[str, Any], *, kind: Literal["training", "wei
         reasons = [reason for reason, _ in error.failures.values()]
         raise next((reason for reason in reasons if isinstance(reason, OSError)), RuntimeError(f"{folder}: {reasons}")) from error
     if runtime.rank == 0:
-        for path in folder.iterdir():
-            _fsync(path)
+        fsync_tree(folder)
         layout = dataclasses.asdict(runtime.layout)
         facts |= {"pickles": _pickle_digests(folder), "versions": installed_versions()}
         write_json(folder / COMPLETE_NAME, {"schema": SCHEMA, "kind": kind, "layout": layout, **facts})
@@ -270,11 +268,3 @@ def _remove(folder: Path) -> None:
     """The marker goes first: a removal that is interrupted leaves garbage, not a checkpoint with holes."""
     (folder / COMPLETE_NAME).unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -92,10 +92,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield aside
-        with open(aside, "rb+") as handle:
-            os.fsync(handle.fileno())
+        fsync(aside)
         os.replace(aside, path)
-        _fsync_folder(path.parent)
+        fsync(path.parent)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
@@ -126,12 +125,20 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk: from then on a crash of the machine loses none of them."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """`fsync` of all that a program which does not do it itself has left in a folder."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or path.is_dir():  # nobody writes to a left pipe, so opening it would wait for ever
+            fsync(path)
 
 
 @contextmanager

@@ -127,6 +127,28 @@ def test_an_unfinished_engine_is_refused(model: Path, tmp_path: Path) -> None:
         require_identity(tmp_path / "engine", {})
 
 
+def test_an_engine_is_on_the_disk_before_it_is_called_finished(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk: set[Path] = set()
+    names: list[set[Path]] = []
+    fsync, replace_file = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        on_disk.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def note_replace(source: Path, target: Path) -> None:
+        if target.name == "identity.json":
+            names.append(set(on_disk))
+        replace_file(source, target)
+
+    monkeypatch.setattr("os.fsync", note_fsync)
+    monkeypatch.setattr("os.replace", note_replace)
+    engine, cache = tmp_path / "engine", tmp_path / "cache"
+    build_once(make_spec(model, cache=str(cache)), engine, identity_of(make_spec(model)), make)
+    assert {engine, engine / "rank0.engine", engine / "sub", engine / "sub" / "config.json"} <= names[0]
+    assert cache in on_disk, "the name under which the cached engine is found"
+
+
 def test_a_build_that_fails_leaves_nothing_in_the_cache(model: Path, tmp_path: Path) -> None:
     spec = make_spec(model, cache=str(tmp_path / "cache"))
 
