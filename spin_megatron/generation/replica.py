@@ -14,7 +14,7 @@ from spin_megatron.generation.external import Worker, WorkerCommand, WorkerFaile
 from spin_megatron.plan.duration import replica_tensor
 from spin_megatron.plan.hardware import Gpu, gpu_of_driver_name
 from spin_megatron.plan.shape import ModelShape
-from spin_megatron.run.records import PromptRow, read_all
+from spin_megatron.run.records import longest_list
 
 # Of a number, by generate.dtype.
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
@@ -120,7 +120,7 @@ def probe(environment: Environment, script: Path, folder: Path) -> Probed:
 
 def longest_prompt(spec: EngineSpec) -> int:
     """Tokens of the longest prompt of this run; the configured limit where its prompts are not known."""
-    return max((len(row.prompt_ids) for row in read_all(spec.prompt_files, PromptRow)), default=spec.max_prompt_tokens)
+    return longest_list(spec.prompt_files, "prompt_ids") or spec.max_prompt_tokens
 
 
 def planned_tensor_parallel(spec: EngineSpec, shape: ModelShape, gpu: Gpu) -> int:

@@ -181,7 +181,7 @@ def _timing_cache(spec: EngineSpec, probed: Probed) -> Path | None:
 
 
 def _calibration_rows(spec: EngineSpec, options: TrtllmOptions) -> list[PromptRow]:
-    rows = read_all(spec.prompt_files, PromptRow)[: options.calibration_prompts]
+    rows = read_all(spec.prompt_files, PromptRow, range(options.calibration_prompts))
     if not rows:
         raise ValueError('there are no prompts to calibrate fp8 on; set generate.options.quantization = "none".')
     return rows

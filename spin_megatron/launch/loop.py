@@ -80,7 +80,7 @@ def _run_group(launcher: Launcher, config: RunConfig, layout: RunLayout, group: 
 
 def _run_shards(launcher: Launcher, config: RunConfig, layout: RunLayout, missing: list[StageRef]) -> list[int]:
     """Run shards side by side, each on GPUs of its own where there are any, under one progress bar; their exit codes."""
-    from spin_megatron.run.records import num_rows
+    from spin_megatron.run.records import num_rows_so_far
 
     iteration = missing[0].iteration
     gpus = pool_for(config, layout, iteration)
@@ -90,7 +90,7 @@ def _run_shards(launcher: Launcher, config: RunConfig, layout: RunLayout, missin
             return launch_stage(launcher, config, layout, ref, variables=variables, has_terminal=False)
 
     done = num_answered(config, layout, iteration)
-    total = sum(num_rows(path) for path in (layout.prompts, layout.held_out))
+    total = sum(num_rows_so_far(path) for path in (layout.prompts, layout.held_out))
     description = f"generate {iteration} (answers of {config.generate.num_shards} shards)"
     with ThreadPoolExecutor(config.launch.shard_processes) as pool, progress_bar(description, total, done=done) as advance:
         running = [pool.submit(run_shard, ref) for ref in missing]
@@ -107,10 +107,10 @@ def _run_shards(launcher: Launcher, config: RunConfig, layout: RunLayout, missin
 
 def num_answered(config: RunConfig, layout: RunLayout, iteration: int) -> int:
     """Answers of an iteration in finished part files."""
-    from spin_megatron.run.records import num_rows
+    from spin_megatron.run.records import num_rows_so_far
 
     shards = range(config.generate.num_shards)
-    return sum(num_rows(path) for shard in shards for path in sorted(layout.shard(iteration, shard).glob("part_*.parquet")))
+    return sum(num_rows_so_far(path) for shard in shards for path in sorted(layout.shard(iteration, shard).glob("part_*.parquet")))
 
 
 def run_alone(config: RunConfig, layout: RunLayout, ref: StageRef) -> int:

@@ -159,14 +159,14 @@ def _view(config: RunConfig, layout: RunLayout) -> Group:
 def _answer_bars(config: RunConfig, layout: RunLayout, rows: Sequence[dict[str, Any]]) -> list[Table]:
     """A bar over the shards of each iteration that is being answered."""
     from spin_megatron.launch.loop import num_answered
-    from spin_megatron.run.records import num_rows
+    from spin_megatron.run.records import num_rows_so_far
 
     bars = []
     for t in range(config.run.iterations):
         states = [row["state"] for row in rows if (row["stage"], row["iteration"]) == ("generate", t)]
         if all(state == "done" for state in states) or not (answered := num_answered(config, layout, t)):
             continue
-        total = sum(num_rows(path) for path in (layout.prompts, layout.held_out))
+        total = sum(num_rows_so_far(path) for path in (layout.prompts, layout.held_out))
         bar = Table.grid(padding=(0, 1))
         bar.add_row(f"generate {t}", ProgressBar(total, answered, width=40), f"{answered} of {total} answers, {len(states)} shards")
         bars.append(bar)

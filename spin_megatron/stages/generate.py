@@ -18,7 +18,7 @@ from spin_megatron.generation.engine import Engine, Prompt, Sampling, eos_token_
 from spin_megatron.generation.quality import AnswerQuality, judge
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import StageIncomplete, digest_values, read_manifest, write_json
-from spin_megatron.run.records import GeneratedRow, PromptRow, read_rows, write_rows
+from spin_megatron.run.records import GeneratedRow, PromptRow, num_rows, read_all, read_rows, write_rows
 from spin_megatron.run.seeds import row_seed
 from spin_megatron.run.telemetry import progress_bar
 from spin_megatron.stages.build_engine import engine_spec
@@ -94,10 +94,11 @@ def _sampling(context: StageContext) -> Sampling:
 def _plan_parts(context: StageContext, shard: int) -> list[Part]:
     """This shard's prompts with their seeds, cut into parts."""
     layout, config = context.layout, context.config
-    rows = read_rows(layout.prompts, PromptRow) + read_rows(layout.held_out, PromptRow)
+    files = (layout.prompts, layout.held_out)
+    wanted = shard_range(sum(num_rows(path) for path in files), config.generate.num_shards, shard)
     prompts = [
-        Prompt(rows[i].example_id, rows[i].prompt_ids, row_seed(config.run.seed, "generate", context.iteration, rows[i].example_id))
-        for i in shard_range(len(rows), config.generate.num_shards, shard)
+        Prompt(row.example_id, row.prompt_ids, row_seed(config.run.seed, "generate", context.iteration, row.example_id))
+        for row in read_all(files, PromptRow, wanted)
     ]
     size = config.generate.rows_per_part
     starts = range(0, len(prompts), size)

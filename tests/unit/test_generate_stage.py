@@ -107,6 +107,16 @@ def test_one_shard_equals_many(settings: dict[str, int], base: Path, expected: l
     assert run_all_shards(tmp_path / "run", base, **settings) == expected
 
 
+def test_a_shard_makes_no_row_of_another(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = make_run(tmp_path / "run", base, make_config(num_shards=4))
+    made: list[str] = []
+    create = PromptRow.__init__
+    monkeypatch.setattr(PromptRow, "__init__", lambda row, *values: made.append(values[0]) or create(row, *values))
+    ids = [row.example_id for row in answers(generate.run(replace(context, shard=3)))]
+    assert ids == ["ex-11", "ex-12", "ex-13", "ex-14"]
+    assert made == ids
+
+
 def test_a_shard_s_files_are_the_same_bytes_on_every_run(base: Path, tmp_path: Path) -> None:
     contents = []
     for name, batch_size in (("a", 3), ("b", 9)):

@@ -32,7 +32,18 @@ from spin_megatron.run.manifest import (
     write_manifest,
     write_text,
 )
-from spin_megatron.run.records import GeneratedRow, PromptRow, ReferenceScore, SpinPair, num_rows, read_rows, write_rows
+from spin_megatron.run.records import (
+    GeneratedRow,
+    PromptRow,
+    ReferenceScore,
+    SpinPair,
+    longest_list,
+    num_rows,
+    num_rows_so_far,
+    read_all,
+    read_rows,
+    write_rows,
+)
 from spin_megatron.run.telemetry import MetricsWriter, configure_logging
 
 
@@ -88,12 +99,34 @@ def test_a_footer_is_read_again_only_when_its_file_changed(tmp_path: Path, monke
     read, looked_at = pq.read_metadata, []
     monkeypatch.setattr(pq, "read_metadata", lambda path: looked_at.append(path) or read(path))
     path, row = tmp_path / "part.parquet", GeneratedRow("a", (7, 2), "stop", 1)
-    assert num_rows(path) == 0
+    assert num_rows_so_far(path) == 0
     write_rows(path, [row], GeneratedRow)
     assert [num_rows(path) for _ in range(3)] == [1, 1, 1]
     write_rows(path, [row, row], GeneratedRow)
     assert [num_rows(path) for _ in range(3)] == [2, 2, 2]
     assert looked_at == [path, path]
+    path.write_bytes(path.read_bytes()[:-9])
+    assert num_rows_so_far(path) == 0
+    with pytest.raises(ValueError, match=r"part\.parquet cannot be read as parquet"):
+        num_rows(path)
+
+
+def test_any_range_of_rows_of_several_files_is_read_and_no_group_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spin_megatron.run.records._GROUP_ROWS", 4)
+    rows = [PromptRow(f"ex-{i}", tuple(range(i)), (5, 2), False) for i in range(15)]
+    paths = [tmp_path / "prompts.parquet", tmp_path / "held_out.parquet"]
+    write_rows(paths[0], rows[:10], PromptRow)  # groups of 4, 4, 2
+    write_rows(paths[1], rows[10:], PromptRow)  # 4, 1
+    read, groups = pq.ParquetFile.read_row_group, []
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, group: groups.append(group) or read(file, group))
+    assert read_all(paths, PromptRow, range(7, 11)) == rows[7:11]
+    assert groups == [1, 2, 0]
+    for start in range(16):
+        for stop in range(start, 17):
+            assert read_all(paths, PromptRow, range(start, stop)) == rows[start:stop]
+    assert read_all(paths, PromptRow) == rows
+    assert longest_list(paths, "prompt_ids") == 14
+    assert longest_list([], "prompt_ids") == 0
 
 
 def make_manifest(folder: Path) -> Manifest:
