@@ -221,25 +221,24 @@ def _described(ref: StageRef, folder: Path, files: Mapping[Path, int | None]) ->
         return tuple(manifests.output_file(folder, path, num_rows, advance) for path, num_rows in files.items())
 
 
-def redo(config: RunConfig, layout: RunLayout, chosen: StageRef) -> list[StageRef]:
-    """Move a stage and all that was made from it aside, below run_dir/redone/; returns what was moved. Nothing is deleted."""
-    moved: list[StageRef] = []
+def redo(config: RunConfig, layout: RunLayout, chosen: StageRef) -> dict[StageRef, Path]:
+    """Move what is there of a stage and of all that is made from it aside; returns where each now lies. Nothing is deleted."""
+    affected: list[StageRef] = []
     for ref in line(config):
         same = (ref.name, ref.iteration) == (chosen.name, chosen.iteration) and chosen.shard in (None, ref.shard)
-        if same or any(need in moved for need in STAGES[ref.name].needs(config, ref.iteration)):
-            moved.append(ref)
-    if not moved:
+        if same or any(need in affected for need in STAGES[ref.name].needs(config, ref.iteration)):
+            affected.append(ref)
+    if not affected:
         raise ValueError(f"--redo: this run has no stage {chosen}; its stages are {', '.join(map(str, line(config)))}.")
-    running = [str(ref) for ref in moved if is_running(layout, ref)]
+    running = [str(ref) for ref in affected if is_running(layout, ref)]
     if running:
         raise StageIncomplete(f"--redo {chosen} would move {', '.join(running)} aside while it runs; stop it first, then run this again.")
     aside = layout.redone(time.strftime("%Y%m%d-%H%M%S"))
-    for ref in moved:
-        folder = folder_of(layout, ref)
-        if folder.exists():
-            target = aside / folder.relative_to(layout.root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(folder, target)
+    folders = {ref: folder_of(layout, ref) for ref in affected}
+    moved = {ref: aside / folder.relative_to(layout.root) for ref, folder in folders.items() if folder.exists()}
+    for ref, target in moved.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folders[ref], target)
     return moved
 
 

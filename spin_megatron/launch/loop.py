@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_harness(config)
     remember_changes(config, layout)
     if arguments.redo:
-        for ref in redo(config, layout, _parse_ref(arguments.redo)):
-            logger.info("moved aside: %s", ref)
+        for ref, folder in redo(config, layout, _parse_ref(arguments.redo)).items():
+            logger.info("%s is moved aside, to %s", ref, folder)
     refs = line(config)
     with Launcher() as launcher:
         for number, ref in enumerate(refs, start=1):

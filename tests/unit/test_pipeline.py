@@ -181,6 +181,14 @@ def test_redo_moves_a_stage_and_what_was_made_from_it_aside(config: RunConfig, l
     assert stage_runs[16:] == ["merge 1", "train 1", "export 2", "evaluate 1"]
 
 
+def test_redo_tells_of_what_it_moved_and_of_nothing_that_was_not_there(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    for ref in line(config)[:-2]:
+        assert do(config, layout, ref)
+    moved = redo(config, layout, StageRef("merge", 1))
+    assert [str(ref) for ref in moved] == ["merge 1", "train 1"]
+    assert [(folder / "made.txt").read_text(encoding="utf-8") for folder in moved.values()] == ["merge 1 ", "train 1 "]
+
+
 def test_other_contents_of_an_input_make_what_follows_stale(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
     do_all(config, layout)
     shard = folder_of(layout, StageRef("generate", 0, 1))
