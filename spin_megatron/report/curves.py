@@ -5,7 +5,6 @@ metrics.jsonl and the evaluations, as far as the run has come.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from spin_megatron.objective.spin_loss import loss_at_zero
 from spin_megatron.report.overview import evaluations
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import atomic_path
+from spin_megatron.run.telemetry import read_metrics
 
 # Each panel: its title and the metrics it shows.
 _TRAINING_PANELS = (
@@ -48,25 +48,14 @@ def write_report(config: RunConfig, layout: RunLayout) -> list[Path]:
     Raises:
         ValueError: no update was made yet.
     """
-    steps = {t: read_metrics(layout.metrics(t)) for t in range(config.run.iterations) if layout.metrics(t).exists()}
-    if not any(steps.values()):
+    steps = {t: rows for t in range(config.run.iterations) if (rows := read_metrics(layout.metrics(t)))}
+    if not steps:
         raise ValueError(f"{layout.root} has no training metrics yet; run it first: spin-megatron run {str(layout.root)!r}")
     written = [_save(_training_figure(config, steps), layout.report / "training.png")]
     evaluated = evaluations(config, layout)
     if evaluated:
         written.append(_save(_iterations_figure(config, evaluated), layout.report / "iterations.png"))
     return written
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a metrics.jsonl file; a last line that was cut short belongs to no finished step."""
-    steps = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return steps
 
 
 def _training_figure(config: RunConfig, steps: dict[int, list[dict[str, Any]]]) -> Figure:

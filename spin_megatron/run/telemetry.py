@@ -2,14 +2,13 @@
 
 import json
 import logging
-import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -143,8 +142,7 @@ class MetricsWriter:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < resume_step]
-            write_text(path, "".join(f"{line}\n" for line in kept))
+            write_text(path, "".join(_line(row) for row in read_metrics(path) if row["step"] < resume_step))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         self._events = EventFileWriter(str(tensorboard))
         # TensorBoard drops what earlier files say of steps from here on (SessionLog.START semantics): of all, where nothing was saved.
@@ -156,7 +154,7 @@ class MetricsWriter:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
-        self._file.write(json.dumps(plain({"step": step, "time": time.time(), **values})) + "\n")
+        self._file.write(_line({"step": step, "time": time.time(), **values}))
         self._file.flush()
         os.fsync(self._file.fileno())
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
@@ -168,9 +166,14 @@ class MetricsWriter:
         self._events.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a metrics line; a line that was cut short belongs to no finished step."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _line(row: Mapping[str, float | str]) -> str:
+    return json.dumps(plain(row)) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps of a metrics.jsonl file, none where there is no file; a line that was cut short belongs to no finished step."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows

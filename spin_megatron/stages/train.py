@@ -10,7 +10,6 @@ from `Progress`, so a killed run ends with the weights of an undisturbed one, bi
 with a weights-only checkpoint, which export reads, and the scores of a few probe pairs under it.
 """
 
-import json
 import logging
 import math
 import time
@@ -41,7 +40,7 @@ from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.manifest import StageIncomplete, digest_values, read_manifest
 from spin_megatron.run.records import ReferenceScore, write_rows
 from spin_megatron.run.seeds import row_seed
-from spin_megatron.run.telemetry import MetricsWriter, progress_bar
+from spin_megatron.run.telemetry import MetricsWriter, progress_bar, read_metrics
 from spin_megatron.stages.context import StageContext, StageOutput
 
 logger = logging.getLogger(__name__)
@@ -226,7 +225,8 @@ def _update_phase(job: _Job, trainer: Trainer, references: dict[str, ReferenceSc
     if newest is not None:
         logger.info("resumed from %s after %d steps", newest, progress.step)
     plan = _step_plan(job, job.train)
-    past = _past_steps(context, progress)
+    # The steps that the checkpoint holds; later ones were lost with the attempt that made them.
+    past = [row for row in read_metrics(context.layout.metrics(context.iteration)) if row["step"] < progress.step]
     guard = _guard(context, past)
     skipped_in_row = sum(1 for _ in takewhile(lambda row: row["skipped"], reversed(past)))
     num_steps = plan.steps_per_epoch * scalars.stop_epoch
@@ -254,15 +254,6 @@ def _update_phase(job: _Job, trainer: Trainer, references: dict[str, ReferenceSc
                 logger.info("stopped on request after %d of %d steps; the state is in %s", progress.step, num_steps, root)
                 return False
     return True
-
-
-def _past_steps(context: StageContext, progress: Progress) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl of the steps that the checkpoint holds, oldest first."""
-    path = context.layout.metrics(context.iteration)
-    if not progress.step or not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return [row for row in rows if row["step"] < progress.step]
 
 
 def _guard(context: StageContext, past: Sequence[dict[str, Any]]) -> Guard:
@@ -369,7 +360,7 @@ def _files(context: StageContext) -> dict[Path, int | None]:
 
 def _summary(context: StageContext) -> dict[str, Any]:
     """First and last step of metrics.jsonl, and the run as a whole; over all attempts."""
-    lines = [json.loads(line) for line in context.layout.metrics(context.iteration).read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(context.layout.metrics(context.iteration))
     first, last = lines[0], lines[-1]
     seconds = sum(line["seconds"] for line in lines)
     return {
