@@ -4,7 +4,7 @@ import importlib.util
 
 import torch
 
-from spin_megatron.mcore.cpu_shim import import_without_compiler
+from spin_megatron.mcore.cpu_shim import import_without_compilers
 
 if importlib.util.find_spec("megatron") is not None and not torch.cuda.is_available():
-    import_without_compiler()
+    import_without_compilers()

@@ -8,13 +8,16 @@ tests/parity/test_cpu_shim.py fails when one is no longer needed. Nothing stays 
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch.utils._device import _device_constructors
 
 _MISSING = object()
@@ -42,11 +45,10 @@ class Patch:
     replacements: Callable[[], list[Replacement]]
 
 
-def import_without_compiler() -> None:
-    """Import Megatron Core with its `jit_fuser` doing nothing.
+def import_without_compilers() -> None:
+    """Import Megatron Core without torch's compiler and Triton, which take 140 MB and a second of each rank and are of use on CUDA only.
 
-    It is torch.compile otherwise, over functions that are used on CUDA only, and to decorate the first one imports torch's compiler: 68 MB
-    and a second of each rank.
+    Its `jit_fuser` is torch.compile, which imports the compiler to decorate the first function; Triton it imports to see that it is there.
     """
 
     def leave(function: Any = None, **_options: Any) -> Any:
@@ -54,9 +56,28 @@ def import_without_compiler() -> None:
 
     put_back = _set(Replacement(torch, "compile", leave))
     try:
-        importlib.import_module("megatron.core.jit")
+        with without_triton():
+            # Of the modules that are used here, those that know torch.compile or Triton.
+            importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     finally:
         put_back()
+
+
+@contextlib.contextmanager
+def without_triton() -> Iterator[None]:
+    """Let imports find no Triton while the context is open, where there is no GPU and Megatron Core (before 0.19) can do without.
+
+    torch remembers what it found: a process that imported torch._dynamo in here compiles nothing for Triton.
+    """
+    needs_it = Version(importlib.metadata.version("megatron-core")) >= Version("0.19.dev0")
+    if needs_it or torch.cuda.is_available() or "triton" in sys.modules:
+        yield
+        return
+    sys.modules["triton"] = None  # type: ignore[assignment] # which makes `import triton` raise ModuleNotFoundError
+    try:
+        yield
+    finally:
+        del sys.modules["triton"]
 
 
 @contextlib.contextmanager

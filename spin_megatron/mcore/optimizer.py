@@ -22,6 +22,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
+from spin_megatron.mcore.cpu_shim import without_triton
 from spin_megatron.mcore.fused import add_to_main_gradients, update_kernels
 from spin_megatron.mcore.offload import ask_for_offload, inner_optimizers, over_shards, require_gpu
 
@@ -120,7 +121,9 @@ def build_trainer(chunks: Sequence[nn.Module], rule: UpdateRule, *, overlap: boo
     )
     if rule.offload_fraction:
         ask_for_offload(settings)
-    with torch.no_grad():  # the distributed optimizer's shards are views of fp32 weights; with a graph they would be no leaves
+    # The distributed optimizer's shards are views of fp32 weights: with a graph they would be no leaves. torch's first optimizer imports
+    # torch's compiler, and that Triton.
+    with torch.no_grad(), without_triton():
         optimizer = get_megatron_optimizer(settings, wrapped, use_gloo_process_groups=False)
     for part in parts(optimizer):
         if part.optimizer is not None:

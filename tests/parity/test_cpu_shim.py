@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch as replaced
 
@@ -168,14 +169,32 @@ def test_every_patch_has_a_test_and_names_what_needs_it() -> None:
     assert all(patch.needed_by for patch in PATCHES)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU Megatron Core compiles its fused functions")
 def test_importing_the_model_imports_no_compiler_and_puts_it_back() -> None:
-    script = (
+    found = _printed(
         "import sys, torch\n"
         "compile = torch.compile\n"
         "import spin_megatron.mcore.model\n"
         "from megatron.core.jit import jit_fuser\n"
         "print('torch._dynamo' in sys.modules, torch.compile is compile, jit_fuser(print) is print)\n"
     )
-    found = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True, timeout=120)
-    assert found.stdout.split() == ["False", "True", "True"]
+    assert found == ["False", "True", "True"]
+
+
+@pytest.mark.skipif(MEGATRON_CORE >= (0, 19), reason="0.19 cannot be imported without Triton")
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_neither_megatron_core_nor_an_optimizer_brings_triton_and_it_can_still_be_imported() -> None:
+    found = _printed(
+        "import sys, torch\n"
+        "import spin_megatron.mcore.optimizer as optimizer\n"
+        "print('megatron.core' in sys.modules, 'triton' in sys.modules)\n"
+        "with optimizer.without_triton():\n"
+        "    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])\n"
+        "print('torch._dynamo' in sys.modules, 'triton' in sys.modules)\n"
+        "import triton.language\n"
+    )
+    assert found == ["True", "False", "True", "False"]
+
+
+def _printed(script: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.split()
