@@ -14,6 +14,8 @@ fp32 here whatever the model's dtype: bf16 logits would cost 0.2 nat on a 300-to
 Shapes: R rows (tokens with a target), H hidden, V local vocabulary columns (padded vocab / TP), Q sequences.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ IGNORED = -1  # target of a row that has none: value and gradient are exactly 0
 ROW_BLOCK = 1024
 VOCAB_CHUNK = 4096
 KEPT_BYTES = 128 * 2**20
+CACHED_NUMBERS = 2**17  # half a megabyte of fp32
 
 # fp32 logits [B, C] kept from forward, by the tile's first row and first local column.
 KeptTiles = dict[tuple[int, int], Tensor]
@@ -136,26 +139,26 @@ def sequence_sums(logp_R: Tensor, lengths_Q: Tensor) -> Tensor:
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
-    """Saves inputs (which live anyway), lse_R and the kept tiles; under no_grad the context is dropped at once and saves nothing."""
+    """Saves inputs (which live anyway) and lse_R, and holds the kept tiles; under no_grad the context is dropped at once."""
 
     @staticmethod
     def forward(ctx: Any, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, spec: HeadSpec) -> Tensor:
         statistics_R3, kept = _kernels(hidden_RH.device).local_statistics(hidden_RH, weight_VH, targets_R, spec)
         logp_R, lse_R = merge_statistics(gather_statistics(statistics_R3, spec))
-        ctx.save_for_backward(hidden_RH, weight_VH, targets_R, lse_R, *kept.values())
-        ctx.kept_tiles = tuple(kept)
-        ctx.spec = spec
+        ctx.save_for_backward(hidden_RH, weight_VH, targets_R, lse_R)
+        ctx.kept, ctx.spec = kept, spec
         return torch.where(targets_R == IGNORED, torch.zeros_like(logp_R), logp_R)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden_RH, weight_VH, targets_R, lse_R, *tiles = ctx.saved_tensors
+        hidden_RH, weight_VH, targets_R, lse_R = ctx.saved_tensors
         spec: HeadSpec = ctx.spec
+        # Errors overwrite the kept logits: a second backward makes them again, bit by bit.
+        kept, ctx.kept = ctx.kept, KeptTiles()
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         # where, not a product: an ignored row's upstream gradient may be NaN and must still end as 0.
         coefficient_R = torch.where(targets_R == IGNORED, 0.0, gradients[0]) / spec.temperature
         row_data = RowData(targets_R, lse_R, coefficient_R)
-        kept = dict(zip(ctx.kept_tiles, tiles, strict=True))
         sink = WeightGradient.of(weight_VH, spec.num_columns) if needs_weight else None
         hidden_grad_RH = _kernels(hidden_RH.device).head_gradients(hidden_RH, weight_VH, row_data, kept, sink, spec)
         if needs_hidden and spec.reduce_hidden_grad and spec.group_size > 1:
@@ -193,17 +196,17 @@ def local_statistics(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, sp
     dtype, num_rows = compute_dtype(hidden_RH), hidden_RH.shape[0]
     maximum_R = torch.full((num_rows,), -torch.inf, dtype=dtype, device=hidden_RH.device)
     sum_R, target_R = torch.zeros_like(maximum_R), torch.zeros_like(maximum_R)
-    tile, kept = new_tile(hidden_RH, spec), KeptTiles()
+    tile, kept = SharedTile(hidden_RH, spec), KeptTiles()
     for columns in slices(spec.num_columns, spec.vocab_chunk):
         weight_CH = weight_VH[columns].to(dtype)
         for rows in slices(num_rows, spec.row_block):
-            logits_BC = _tile_logits(hidden_RH[rows], weight_CH, spec.temperature, place_tile(tile, rows, columns, kept, spec))
+            logits_BC = _tile_logits(hidden_RH[rows], weight_CH, spec.temperature, place_tile(tile, rows, columns, kept))
             index_B, is_here_B = _target_columns(targets_R[rows], columns, spec.vocab_start)
             target_R[rows] += torch.where(is_here_B, logits_BC.gather(1, index_B[:, None])[:, 0], 0.0)
-            new_maximum_B = torch.maximum(maximum_R[rows], logits_BC.amax(dim=1))
-            sum_R[rows] *= torch.exp(maximum_R[rows] - new_maximum_B)
-            sum_R[rows] += _exponentials(logits_BC, new_maximum_B, tile).sum(dim=1)
-            maximum_R[rows] = new_maximum_B
+            for logits, maximum, exponentials in _in_cache(logits_BC, maximum_R[rows], sum_R[rows]):
+                new_maximum = torch.maximum(maximum, logits.amax(dim=1))
+                exponentials.mul_(torch.exp(maximum - new_maximum)).add_((logits - new_maximum[:, None]).exp_().sum(dim=1))
+                maximum.copy_(new_maximum)
     return torch.stack((maximum_R, sum_R, target_R), dim=1), kept
 
 
@@ -217,16 +220,17 @@ def head_gradients(
     """
     dtype = compute_dtype(hidden_RH)
     hidden_grad_RH = torch.zeros(hidden_RH.shape, dtype=dtype, device=hidden_RH.device)
-    tile = new_tile(hidden_RH, spec)
+    tile = SharedTile(hidden_RH, spec)
     for columns in slices(spec.num_columns, spec.vocab_chunk):
         weight_CH = weight_VH[columns].to(dtype)
         weight_grad_CH = sink.open(columns) if sink else None
         for rows in slices(hidden_RH.shape[0], spec.row_block):
             targets_B, lse_B, coefficient_B = row_data.at(rows)
-            logits_BC = kept.get((rows.start, columns.start))
-            if logits_BC is None:
-                logits_BC = _tile_logits(hidden_RH[rows], weight_CH, spec.temperature, tile_view(tile, rows, columns))
-            error_BC = _exponentials(logits_BC, lse_B, tile)  # softmax
+            error_BC = kept.pop((rows.start, columns.start), None)
+            if error_BC is None:
+                error_BC = _tile_logits(hidden_RH[rows], weight_CH, spec.temperature, tile.at(rows, columns))
+            for logits, lse in _in_cache(error_BC, lse_B):
+                logits.sub_(lse[:, None]).exp_()  # softmax
             index_B, is_here_B = _target_columns(targets_B, columns, spec.vocab_start)
             error_BC.scatter_add_(1, index_B[:, None], -is_here_B[:, None].to(dtype))  # softmax - onehot
             hidden_grad_RH[rows].addmm_(error_BC, weight_CH)
@@ -308,36 +312,49 @@ def _kernels(device: torch.device) -> HeadKernels:
     return logprobs_triton.KERNELS
 
 
-def new_tile(hidden_RH: Tensor, spec: HeadSpec) -> Tensor:
-    """One flat buffer that tiles' logits share: a fresh allocation per tile would cost page faults worth a fifth of the time."""
-    size = min(spec.row_block, hidden_RH.shape[0]) * min(spec.vocab_chunk, spec.num_columns)
-    return torch.empty(size, dtype=compute_dtype(hidden_RH), device=hidden_RH.device)
+@dataclass
+class SharedTile:
+    """Memory for the logits of one tile after the other: an allocation a tile would cost page faults worth a fifth of the time."""
+
+    like: Tensor  # [R, H], the hidden states
+    spec: HeadSpec
+
+    def at(self, rows: slice, columns: slice) -> Tensor:
+        """The memory as [B, C]."""
+        return as_tile(self._numbers, rows, columns)
+
+    @functools.cached_property
+    def _numbers(self) -> Tensor:
+        """Made when it is first needed: where all tiles are kept it never is."""
+        size = min(self.spec.row_block, self.like.shape[0]) * min(self.spec.vocab_chunk, self.spec.num_columns)
+        return torch.empty(size, dtype=compute_dtype(self.like), device=self.like.device)
 
 
-def tile_view(tile: Tensor, rows: slice, columns: slice) -> Tensor:
-    """The shared buffer as [B, C]."""
+def as_tile(flat: Tensor, rows: slice, columns: slice) -> Tensor:
+    """The beginning of a flat buffer as [B, C]."""
     shape = (rows.stop - rows.start, columns.stop - columns.start)
-    return tile[: shape[0] * shape[1]].view(shape)
+    return flat[: shape[0] * shape[1]].view(shape)
 
 
-def place_tile(tile: Tensor, rows: slice, columns: slice, kept: KeptTiles, spec: HeadSpec) -> Tensor:
+def place_tile(tile: SharedTile, rows: slice, columns: slice, kept: KeptTiles) -> Tensor:
     """Where forward writes a tile's logits [B, C]: memory of their own, noted in `kept`, while spec.kept_bytes lasts; then `tile`."""
-    shared_BC = tile_view(tile, rows, columns)
-    if sum(logits_BC.nbytes for logits_BC in kept.values()) + shared_BC.nbytes > spec.kept_bytes:
-        return shared_BC
-    kept[rows.start, columns.start] = torch.empty_like(shared_BC)
+    shape, dtype = (rows.stop - rows.start, columns.stop - columns.start), compute_dtype(tile.like)
+    if sum(logits_BC.nbytes for logits_BC in kept.values()) + math.prod(shape) * dtype.itemsize > tile.spec.kept_bytes:
+        return tile.at(rows, columns)
+    kept[rows.start, columns.start] = torch.empty(shape, dtype=dtype, device=tile.like.device)
     return kept[rows.start, columns.start]
+
+
+def _in_cache(tile_BC: Tensor, *by_row_B: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, so few at a time that what is made of them stays in a core's cache."""
+    num_rows = max(1, CACHED_NUMBERS // tile_BC.shape[1])
+    return zip(*(tensor.split(num_rows) for tensor in (tile_BC, *by_row_B)), strict=True)
 
 
 def _tile_logits(hidden_BH: Tensor, weight_CH: Tensor, temperature: float, logits_BC: Tensor) -> Tensor:
     """Logits of a tile, written into logits_BC."""
     torch.mm(hidden_BH.to(weight_CH.dtype), weight_CH.t(), out=logits_BC)
     return logits_BC if temperature == 1.0 else logits_BC.div_(temperature)
-
-
-def _exponentials(logits_BC: Tensor, shift_B: Tensor, tile: Tensor) -> Tensor:
-    """exp(logits - shift) in the shared buffer: in place for logits that lie there, beside those that are kept."""
-    return torch.sub(logits_BC, shift_B[:, None], out=tile[: logits_BC.numel()].view(logits_BC.shape)).exp_()
 
 
 def _target_columns(targets_B: Tensor, columns: slice, vocab_start: int) -> tuple[Tensor, Tensor]:

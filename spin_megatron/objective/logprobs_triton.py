@@ -22,11 +22,11 @@ from spin_megatron.objective.logprobs import (
     HeadSpec,
     KeptTiles,
     RowData,
+    SharedTile,
     WeightGradient,
-    new_tile,
+    as_tile,
     place_tile,
     slices,
-    tile_view,
 )
 
 # A panel of the backward is this many tiles: 8192 rows x 8192 columns of bf16 dZ are 128 MiB with the default tile.
@@ -40,10 +40,10 @@ def local_statistics(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, sp
     """This rank's (maximum, sum of exponentials, target logit) per row over its true columns: fp32 [R, 3]."""
     statistics_R3 = torch.zeros(hidden_RH.shape[0], 3, dtype=torch.float32, device=hidden_RH.device)
     statistics_R3[:, 0] = -torch.inf
-    tile, kept = new_tile(hidden_RH, spec), KeptTiles()
+    tile, kept = SharedTile(hidden_RH, spec), KeptTiles()
     for columns in slices(spec.num_columns, spec.vocab_chunk):
         for rows in slices(hidden_RH.shape[0], spec.row_block):
-            logits_BC = _product(hidden_RH[rows], weight_VH[columns].t(), place_tile(tile, rows, columns, kept, spec))
+            logits_BC = _product(hidden_RH[rows], weight_VH[columns].t(), place_tile(tile, rows, columns, kept))
             _update_statistics[(logits_BC.shape[0],)](
                 logits_BC,
                 statistics_R3[rows],
@@ -65,11 +65,11 @@ def head_gradients(
     hidden_grad_RH = torch.zeros(hidden_RH.shape, dtype=torch.float32, device=hidden_RH.device)
     panel_rows, panel_columns = spec.row_block * PANEL_ROW_TILES, spec.vocab_chunk * PANEL_COLUMN_TILES
     panel = torch.empty(min(panel_rows, num_rows) * min(panel_columns, spec.num_columns), dtype=dtype, device=hidden_RH.device)
-    tile = new_tile(hidden_RH, spec)
+    tile = SharedTile(hidden_RH, spec)
     for columns in slices(spec.num_columns, panel_columns):
         weight_grad_CH = sink.open(columns) if sink else None
         for rows in slices(num_rows, panel_rows):
-            error_NC = tile_view(panel, rows, columns)
+            error_NC = as_tile(panel, rows, columns)
             _fill_panel(error_NC, rows, columns, hidden_RH, weight_VH, row_data, kept, tile, spec)
             _add_product(hidden_grad_RH[rows], error_NC, weight_VH[columns])
             if weight_grad_CH is not None:
@@ -90,15 +90,15 @@ def _fill_panel(
     weight_VH: Tensor,
     row_data: RowData,
     kept: KeptTiles,
-    tile: Tensor,
+    tile: SharedTile,
     spec: HeadSpec,
 ) -> None:
     """Writes coefficient * (onehot(target) - softmax) of a panel's N rows and C columns into error_NC, tile by tile."""
     for columns in slices(panel_columns.stop, spec.vocab_chunk, panel_columns.start):
         for rows in slices(panel_rows.stop, spec.row_block, panel_rows.start):
-            logits_BC = kept.get((rows.start, columns.start))
+            logits_BC = kept.pop((rows.start, columns.start), None)
             if logits_BC is None:
-                logits_BC = _product(hidden_RH[rows], weight_VH[columns].t(), tile_view(tile, rows, columns))
+                logits_BC = _product(hidden_RH[rows], weight_VH[columns].t(), tile.at(rows, columns))
             _write_errors[(logits_BC.shape[0],)](
                 logits_BC,
                 error_NC[rows.start - panel_rows.start :, columns.start - panel_columns.start :],

@@ -198,15 +198,16 @@ def test_keeping_tiles_for_the_backward_changes_no_bit(kept_bytes):
 
 
 @pytest.mark.parametrize(("kept_bytes", "num_tiles"), [(0, 0), (3 * 4 * 32 * 64, 7), (2**30, 15)])
-def test_no_more_tiles_are_saved_than_their_budget_allows(kept_bytes, num_tiles):
+def test_no_more_tiles_are_kept_than_their_budget_allows(kept_bytes, num_tiles):
     # 3 row blocks (32, 32, 6) x 5 vocabulary chunks; memory for three full tiles holds two of them and then five of the short ones.
-    hidden_RH, weight_VH, targets_R, _ = _case(70, 16, 300)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
-        options = {"group": None, "vocab_start": 0, "vocab_size": 300, "vocab_chunk": 64, "row_block": 32, "kept_bytes": kept_bytes}
-        vocab_parallel_logprobs(hidden_RH.requires_grad_(), weight_VH, targets_R, **options)
-    assert len(saved) == 4 + num_tiles  # hidden, weight, targets, log-sum-exp
-    assert sum(shape.numel() for shape in saved[4:]) * 4 <= kept_bytes
+    hidden_RH, weight_VH, targets_R, gradient_R = _case(70, 16, 300)
+    options = {"group": None, "vocab_start": 0, "vocab_size": 300, "vocab_chunk": 64, "row_block": 32, "kept_bytes": kept_bytes}
+    logp_R = vocab_parallel_logprobs(hidden_RH.requires_grad_(), weight_VH, targets_R, **options)
+    kept = list(logp_R.grad_fn.kept.values())
+    assert len(kept) == num_tiles
+    assert sum(logits_BC.nbytes for logits_BC in kept) <= kept_bytes
+    logp_R.backward(gradient_R)
+    assert not logp_R.grad_fn.kept
 
 
 def test_a_second_backward_through_kept_tiles_gives_the_same_gradient():
