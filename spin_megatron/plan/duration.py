@@ -83,13 +83,14 @@ def plan_batch(workload: Workload, *, pack_tokens: int, global_batch_pairs: int,
 
 
 def with_workload(settings: TrainSettings, workload: Workload, batch: Batch, *, share_prompt: bool) -> TrainSettings:
-    """The settings with what the workload decides: packs a step, rows of the head, keys a token sees, keys that are copied."""
+    """The settings with what the workload decides: packs a step, rows of the head, keys a token sees, keys that are copied, branches."""
     tokens = workload.tokens_per_pair(share_prompt=share_prompt)
     return replace(
         settings,
         micro_batches=batch.micro_batches,
         head_rows=min((workload.real_tokens + workload.generated_tokens) / tokens, 1.0),
         shared_prefix=2 * workload.prompt_tokens / tokens if share_prompt else 0.0,
+        branches=batch.pairs_per_pack * (3 if share_prompt else 2),
         keys_per_token=workload.keys_per_token(share_prompt=share_prompt),
     )
 

@@ -38,6 +38,8 @@ FRAGMENTATION = 0.05
 USABLE_SHARE = 0.96
 # What is multiplied in FP8: Transformer Engine's linear layers.
 _FP8_MATRICES = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+# Flash attention's backward leaves so many rows of its fp32 sums between branches, and rounds heads up to a multiple of so many columns.
+_FLASH_ROWS, _FLASH_COLUMNS = 128, 32
 # objective/logprobs.py makes logits in tiles of 1024 rows x 4096 columns: fp32 logits, their gradient and one temporary.
 HEAD_TILE_BYTES = 3 * 1024 * 4096 * FLOAT32_BYTES
 
@@ -49,6 +51,7 @@ class TrainSettings:
     pack_tokens: tokens of a micro-batch. micro_batches: packs a data rank computes per update.
     head_rows: share of a pack's tokens that predict a response token (the head runs on these rows only).
     shared_prefix: prompt tokens a pack's answers look back at, as a share of its tokens: their keys and values are copied.
+    branches: runs of tokens of a pack that attend by themselves (data/batches.py): flash attention's backward keeps them apart.
     gradient_bytes: of the gradient that is reduced over data ranks; 4, fp32, is what this project trains with.
     keys_per_token: keys a token attends to on average; half a sequence where sequences are packed whole.
     fused_gradients: products of the backward add to the fp32 gradient buffer themselves, as Transformer Engine's and apex's do.
@@ -69,6 +72,7 @@ class TrainSettings:
     distributed_optimizer: bool = True
     head_rows: float = 1.0
     shared_prefix: float = 0.0
+    branches: float = 0.0
     gradient_bytes: int = FLOAT32_BYTES
     keys_per_token: float = 512.0
     fused_gradients: bool = True
@@ -114,18 +118,26 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Peak bytes of the ranks of one pipeline position; all its tensor and data ranks are alike."""
+    """Peak bytes of the ranks of one pipeline position; all its tensor and data ranks are alike.
+
+    activations: what the micro-batches in flight left. head, backward: what the head, and after it the backward of a layer, takes besides.
+    """
 
     pipeline_rank: int
     state: StateBytes
     activations: int
     head: int
+    backward: int
     communication: int
     context: int
 
     @property
+    def passing(self) -> int:
+        return max(self.head, self.backward)
+
+    @property
     def total(self) -> int:
-        return self.state.total + int((self.activations + self.head) * (1 + FRAGMENTATION)) + self.communication + self.context
+        return self.state.total + int((self.activations + self.passing) * (1 + FRAGMENTATION)) + self.communication + self.context
 
 
 def state_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int, data_rank: int = 0) -> StateBytes:
@@ -292,7 +304,7 @@ def recomputed_share(settings: TrainSettings, layers_per_chunk: float) -> float:
 
 
 def activation_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> int:
-    """Activations of a rank at the peak: what the micro-batches in flight left, and the layer that is being recomputed."""
+    """Activations of a rank at the peak: what the micro-batches in flight left, and copies that stay through the backward."""
     element = settings.weight_bytes
     tokens = settings.pack_tokens / layout.context
     widths = layer_widths(shape, layout, settings)
@@ -301,13 +313,43 @@ def activation_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainS
     share = recomputed_share(settings, layers_per_chunk)
     a_layer = share * widths.token_bytes(element, settings.recompute) + (1 - share) * widths.token_bytes(element, "none")
     kept = in_flight * layers_per_chunk * tokens * a_layer
-    kept += tokens * widths.recomputed_bytes(element, settings.recompute)
     kept += gradient_bytes_beside_the_buffer(shape, layout, settings, pipeline_rank)
     kept += fp8_copy_bytes(shape, layout, settings, pipeline_rank)
     if pipeline_rank == 0:
         # The embedding's output, for each micro-batch in flight.
         kept += min(layout.pipeline, settings.micro_batches) * tokens * widths.checkpoint * element
     return int(kept)
+
+
+def backward_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings) -> int:
+    """What the backward of a layer takes beside what all layers left: the layer made again, and then the larger of two moments.
+
+    First the gradients inside the MLP: of both halves of the projection, while those are still there. Then the attention's backward,
+    which finds what the MLP left gone.
+    """
+    tokens, element = settings.pack_tokens / layout.context, settings.weight_bytes
+    widths = layer_widths(shape, layout, settings)
+    inner = (shape.experts_per_token or 1) * (shape.expert_ffn_hidden_size or shape.ffn_hidden_size)
+    mlp = 2 * inner / layout.tensor * tokens * element
+    attention = attention_backward_bytes(shape, layout, settings) - tokens * widths.mlp * element
+    return int(tokens * widths.recomputed_bytes(element, settings.recompute) + max(mlp, attention))
+
+
+def attention_backward_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings) -> float:
+    """What flash attention holds while it goes back, as mha_varlen_bwd of flash-attn 2 and of torch 2.11 allocates it (flash_api.cpp).
+
+    In the model's dtype the gradients of the output, queries, keys and values, and with grouped queries those of keys and values once more
+    for every query head. In fp32 the sums of the queries' gradients, whose heads are rounded up to 32 numbers, and one number a query and
+    head; both with 128 rows behind each branch. For fewer heads x branches than the GPU has processors the sums are held several times,
+    which is not counted.
+    """
+    heads, kv_heads = shape.num_heads / layout.tensor, max(shape.num_kv_heads, layout.tensor) / layout.tensor
+    tokens = settings.pack_tokens / layout.context
+    keys = settings.pack_tokens * (1 + settings.shared_prefix / layout.context)
+    rows = tokens + _FLASH_ROWS * settings.branches
+    gradients = 2 * tokens * heads + 2 * keys * (kv_heads + (heads if heads > kv_heads else 0))
+    sums = rows * heads * (-(-shape.head_dim // _FLASH_COLUMNS) * _FLASH_COLUMNS + 1)
+    return gradients * shape.head_dim * settings.weight_bytes + sums * FLOAT32_BYTES
 
 
 def gradient_bytes_beside_the_buffer(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> int:
@@ -367,6 +409,7 @@ def rank_memory(shape: ModelShape, layout: ParallelLayout, settings: TrainSettin
         state=state_bytes(shape, layout, settings, pipeline_rank),
         activations=activation_bytes(shape, layout, settings, pipeline_rank),
         head=head_bytes(shape, layout, settings, pipeline_rank),
+        backward=backward_bytes(shape, layout, settings),
         communication=communication_bytes(shape, layout, settings),
         context=CONTEXT_BYTES,
     )

@@ -18,7 +18,8 @@ _HOST_WIDTH = 10
 _REFUSED_SHOWN = 8
 _LAYOUT_COLUMNS = ("TP", "PP", "VP", "CP", "DP", "EP", "recompute", "GB/GPU")
 _RATE_COLUMNS = ("pairs/update", "s/update", "tokens/s/GPU", "MFU", "bubble", "pairs/s")
-_MEMORY_COLUMNS = ("G parameters", "weights", "gradients", "optimizer", "activations", "head", "buffers", "context", "total", "of usable")
+_STATE_COLUMNS = ("G parameters", "weights", "gradients", "optimizer")
+_MEMORY_COLUMNS = (*_STATE_COLUMNS, "activations", "passing", "buffers", "context", "total", "of usable")
 _STAGE_COLUMNS = ("engine", "generate", "reference", "train", "checkpoints", "export", "evaluate", "total")
 
 
@@ -106,7 +107,7 @@ def _memory_table(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     for label, memory in _chosen_ranks(plan.ranks):
         state = memory.state
-        parts = (state.weights, state.gradients, state.optimizer, memory.activations, memory.head, memory.communication, memory.context)
+        parts = (state.weights, state.gradients, state.optimizer, memory.activations, memory.passing, memory.communication, memory.context)
         cells = [f"{part / GIGA:.2f}" for part in parts]
         cells += [f"{memory.total / GIGA:.2f}", f"{memory.total / usable:.0%}", *([f"{state.host / GIGA:.2f}"] if has_host else [])]
         table.add_row(label, f"{state.num_parameters / GIGA:.3f}", *cells)

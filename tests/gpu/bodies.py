@@ -238,6 +238,8 @@ class SliceWork:
             optimizer="rmsprop",
             distributed_optimizer=False,
             head_rows=sum(len(pair.real_ids) + len(pair.generated_ids) for pair in self.packs[0]) / self.pack_tokens,
+            shared_prefix=2 * sum(len(pair.prompt_ids) for pair in self.packs[0]) / self.pack_tokens,
+            branches=3 * self.pairs_per_pack,
             fused_gradients=gradients.maker != "torch",
             adapters=self.adapters,
         )

@@ -12,6 +12,8 @@ from spin_megatron.plan.memory import (
     StateBytes,
     TrainSettings,
     activation_bytes,
+    attention_backward_bytes,
+    backward_bytes,
     chunks_in_flight,
     head_bytes,
     layer_widths,
@@ -127,8 +129,10 @@ def test_full_recompute_keeps_layer_inputs_and_one_layer() -> None:
     settings = TrainSettings(128, 1, recompute="full", fused_gradients=True)
     widths = layer_widths(SMALL, ParallelLayout(), settings)
     embedded = 128 * 64 * 2
+    assert activation_bytes(SMALL, ParallelLayout(), settings, 0) == 4 * 128 * 64 * 2 + embedded + SMALL_DUMMIES
     layer = 128 * (widths.token_bytes(2, "none") - widths.token_bytes(2, "full"))
-    assert activation_bytes(SMALL, ParallelLayout(), settings, 0) == 4 * 128 * 64 * 2 + layer + embedded + SMALL_DUMMIES
+    beyond = backward_bytes(SMALL, ParallelLayout(), replace(settings, recompute="none"))
+    assert backward_bytes(SMALL, ParallelLayout(), settings) == layer + beyond
 
 
 def test_layers_that_are_not_recomputed_keep_everything() -> None:
@@ -136,7 +140,7 @@ def test_layers_that_are_not_recomputed_keep_everything() -> None:
     widths = layer_widths(SMALL, ParallelLayout(), settings)
     everything, again = 128 * widths.token_bytes(2, "none"), 128 * 64 * 2
     embedded = 128 * 64 * 2
-    kept = 3 * again + everything + (everything - again) + embedded
+    kept = 3 * again + everything + embedded
     assert activation_bytes(SMALL, ParallelLayout(), settings, 0) == kept + SMALL_DUMMIES
     # Two stages of two virtual stages have one layer each: all of them.
     stages = ParallelLayout(pipeline=2, virtual_pipeline=2)
@@ -144,9 +148,38 @@ def test_layers_that_are_not_recomputed_keep_everything() -> None:
     assert fewer == all_layers
 
 
+def test_flash_attention_keeps_branches_apart_in_its_backward() -> None:
+    # 256 tokens in 6 branches, half of them prompts that are seen once more: 384 keys, 256 + 6 x 128 = 1024 rows; 4 heads, 2 groups of 16.
+    settings = TrainSettings(256, 1, shared_prefix=0.5, branches=6)
+    # Gradients in bf16 of output and queries, of keys and values in 2 groups and in 4 heads. Sums: a head of 16 takes 32, and one more.
+    expected = 2 * 16 * (2 * 256 * 4 + 2 * 384 * (2 + 4)) + 4 * 1024 * 4 * (32 + 1)
+    assert attention_backward_bytes(SMALL, ParallelLayout(), settings) == expected
+    # No head has a group of its own: nothing is held twice. A context rank has half of the queries, and of the prompts' copies.
+    plain = replace(SMALL, num_kv_heads=4)
+    assert attention_backward_bytes(plain, ParallelLayout(), settings) == 2 * 16 * (2 * 256 * 4 + 2 * 384 * 4) + 4 * 1024 * 4 * 33
+    halved = 2 * 16 * (2 * 128 * 4 + 2 * 320 * 4) + 4 * (128 + 768) * 4 * 33
+    assert attention_backward_bytes(plain, ParallelLayout(context=2), settings) == halved
+    split = attention_backward_bytes(SMALL, ParallelLayout(tensor=2), settings)
+    assert split == expected / 2
+
+
+def test_a_layer_goes_back_through_its_mlp_and_then_through_its_attention() -> None:
+    settings = TrainSettings(256, 1, shared_prefix=0.5, branches=6)
+    # In the MLP the gradients of both halves of 96; in the attention the MLP's 3 x 96 of each token are free again.
+    freed = 256 * 3 * 96 * 2
+    attention = attention_backward_bytes(SMALL, ParallelLayout(), settings) - freed
+    assert attention > 256 * 2 * 96 * 2
+    assert backward_bytes(SMALL, ParallelLayout(), settings) == attention
+    assert backward_bytes(SMALL, ParallelLayout(), replace(settings, recompute="selective")) == attention + freed
+    assert backward_bytes(LLAMA3_8B, ParallelLayout(), TrainSettings(4096, 1)) == 4096 * 2 * 14336 * 2
+    copies = 2 * 4096 * 2 * 14336 * 2  # two experts a token, two halves
+    assert backward_bytes(MIXTRAL, ParallelLayout(), TrainSettings(4096, 1)) == copies
+
+
 def test_recompute_never_takes_more() -> None:
     layout = ParallelLayout(tensor=2, pipeline=2, sequence=True)
-    taken = [activation_bytes(LLAMA3_8B, layout, TrainSettings(4096, 8, recompute=mode), 0) for mode in ("none", "selective", "full")]  # type: ignore[arg-type]
+    settings = [TrainSettings(4096, 8, recompute=mode) for mode in ("none", "selective", "full")]  # type: ignore[arg-type]
+    taken = [activation_bytes(LLAMA3_8B, layout, mode, 0) + backward_bytes(LLAMA3_8B, layout, mode) for mode in settings]
     assert taken[0] > taken[1] > taken[2]
 
 
@@ -162,8 +195,10 @@ def test_the_head_lies_on_the_last_stage_and_follows_its_rows() -> None:
 
 
 def test_total_adds_fragmentation_to_what_comes_and_goes() -> None:
-    memory = RankMemory(0, StateBytes(1, 100, 200, 300), activations=1000, head=500, communication=10, context=20)
+    memory = RankMemory(0, StateBytes(1, 100, 200, 300), activations=1000, head=500, backward=400, communication=10, context=20)
     assert memory.total == 600 + int(1500 * (1 + FRAGMENTATION)) + 30
+    # The head is done before the first layer goes back.
+    assert replace(memory, backward=700).total == 600 + int(1700 * (1 + FRAGMENTATION)) + 30
 
 
 def test_gpus_are_found_by_name_and_unknown_ones_are_listed() -> None:

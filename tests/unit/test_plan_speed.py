@@ -148,6 +148,7 @@ def test_an_update_is_the_multiple_of_the_data_ranks_nearest_to_the_pairs_asked_
     assert batch.pairs_per_step == pytest.approx(12 * pairs)
     settings = with_workload(SETTINGS, WORKLOAD, batch, share_prompt=True)
     assert (settings.micro_batches, settings.head_rows, settings.shared_prefix) == (3, pytest.approx(602 / 700), pytest.approx(200 / 700))
+    assert settings.branches == 3 * batch.pairs_per_pack
 
 
 def test_engines_take_as_many_gpus_as_their_weights_need() -> None:
