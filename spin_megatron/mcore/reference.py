@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from spin_megatron.data.batches import PackBatch, attention_cost, make_batch
+from spin_megatron.data.batches import PackBatch, attention_cost, make_batch, to_device
 from spin_megatron.data.packing import assign_ranks
 from spin_megatron.mcore.precision import Fp8
 from spin_megatron.mcore.runtime import Runtime
@@ -121,21 +121,20 @@ def score_pairs(
     mine = [pack for step in steps for pack in packed.share_of(step, runtime.layout.data, runtime.data_rank)]
     batches = [packed.batch(pack) for pack in mine]
     logps = score_packs(chunks, batches, runtime, advance=advance)
-    own = [score for batch, logp_R in zip(batches, logps, strict=False) for score in _scores(batch, logp_R)]
-    gathered = gather_over_data(own, runtime)
+    gathered = gather_over_data(_scores(batches, logps) if logps else [], runtime)
     if gathered is None:
         return None
     by_id = {score.pair_id: score for scores in gathered for score in scores}
     return [by_id[pair_id] for step in steps for pack in step for pair_id in pack.pair_ids]
 
 
-def _scores(batch: PackBatch, logp_R: torch.Tensor) -> list[ReferenceScore]:
-    sums_P2 = sequence_sums(logp_R, batch.lengths_Q).view(-1, 2).tolist()
-    lengths_P2 = batch.lengths_Q.view(-1, 2).tolist()
-    return [
-        ReferenceScore(pair_id, logp_real, logp_generated, num_real, num_generated)
-        for pair_id, (logp_real, logp_generated), (num_real, num_generated) in zip(batch.pair_ids, sums_P2, lengths_P2, strict=True)
-    ]
+def _scores(batches: Sequence[PackBatch], logps: Sequence[torch.Tensor]) -> list[ReferenceScore]:
+    """Summed pack by pack, as a step does: the order of a sum may depend on where it begins. Read by the host once."""
+    sums = [sequence_sums(logp_R, to_device(batch.lengths_Q, logp_R.device)) for batch, logp_R in zip(batches, logps, strict=True)]
+    sums_P2 = torch.cat(sums).view(-1, 2).tolist()
+    lengths_P2 = torch.cat([batch.lengths_Q for batch in batches]).view(-1, 2).tolist()
+    pair_ids = [pair_id for batch in batches for pair_id in batch.pair_ids]
+    return [ReferenceScore(pair_id, *both, *sizes) for pair_id, both, sizes in zip(pair_ids, sums_P2, lengths_P2, strict=True)]
 
 
 def claim_cache(folder: Path, identity: Mapping[str, Any], runtime: Runtime) -> None:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from spin_megatron.mcore import training
 from spin_megatron.mcore.optimizer import UpdateRule
+from spin_megatron.mcore.reference import score_pairs
 from spin_megatron.mcore.runtime import running
 from spin_megatron.mcore.training import Objective, train_step
 from spin_megatron.plan.shape import ParallelLayout
@@ -39,6 +40,10 @@ class HostReads(TorchFunctionMode):
 
     def __init__(self) -> None:
         self.found: Counter[tuple[str, str]] = Counter()
+
+    def __enter__(self) -> "HostReads":
+        super().__enter__()
+        return self
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -76,6 +81,20 @@ def reads_of_a_step(bench: Bench, num_packs: int, monkeypatch: pytest.MonkeyPatc
             learning_rate=LEARNING_RATE,
         )
     return reads.found
+
+
+def test_the_reference_s_sums_are_read_once(tmp_path: Path) -> None:
+    with running(ParallelLayout(), device="cpu", seed=1) as runtime:
+        bench = make_bench(make_tiny_model("llama2", tmp_path), UpdateRule("adamw"), runtime)
+
+        def reads(num_packs: int) -> Counter[tuple[str, str]]:
+            with HostReads() as found:
+                assert score_pairs(bench.trainer.chunks, bench.packed, [bench.packed.packs[:num_packs]], runtime)
+            return found.found
+
+        few, many = reads(2), reads(6)
+        assert set(many - few) <= ON_THE_CPU
+        assert few["reference.py", "_scores"] == 2  # the sums, and the lengths, which live on the CPU
 
 
 def test_what_the_host_reads_does_not_grow_with_the_number_of_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
