@@ -166,6 +166,7 @@ class _Step:
         # Stages that start over take their time in one piece (an export of 140 GB, a benchmark); Slurm's time limit ends those.
         self._beats = STAGES[ref.name].resumes
         self._stop_file, self._heartbeat = layout.stop_file(*names), layout.heartbeat(*names)
+        self._last_beat, self._last_beat_seen = 0, time.monotonic()
         self._logs, self._job_log = new_attempt(log_folder(layout, ref)), job_log(layout, ref, element.name)
         self._words = step_command(config, layout, ref, self._logs)
         self._environment = dict(os.environ, MASTER_ADDR=_first_host(), MASTER_PORT=str(20000 + int(element.job_id) % 10000))
@@ -207,7 +208,10 @@ class _Step:
     def _watch(self, process: "subprocess.Popen[bytes]") -> None:
         if not self._beats:
             return
-        silent_seconds = time.time() - self._heartbeat.stat().st_mtime
+        beat = self._heartbeat.stat().st_mtime_ns
+        if beat != self._last_beat:  # when it was seen, not what it says: a file server's clock is not this host's
+            self._last_beat, self._last_beat_seen = beat, time.monotonic()
+        silent_seconds = time.monotonic() - self._last_beat_seen
         if silent_seconds < self._hang_seconds:
             return
         self._hung = f"no progress for {silent_seconds:.0f} s: the step was ended"

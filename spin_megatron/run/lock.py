@@ -5,7 +5,7 @@ that names its owner and is touched while the owner lives. It is stale when
 
 - it was made on this host by a process that is gone, or
 - it was made by an earlier life of the same Slurm job (which Slurm ends before it starts the next), or
-- it was not touched for `stale_seconds`.
+- it was not touched for `stale_seconds`, by the clock that stamps files: a file server's may be minutes away from this host's.
 """
 
 import contextlib
@@ -69,9 +69,22 @@ def _lives(owner: Owner, path: Path, *, stale_seconds: float, by: Owner | None) 
     if by is not None and owner.job is not None and owner.job == by.job and by.restart > owner.restart:
         return False
     try:
-        return time.time() - path.stat().st_mtime < stale_seconds
+        return _stamp_of_now(path) - path.stat().st_mtime < stale_seconds
     except FileNotFoundError:
         return False
+
+
+def _stamp_of_now(path: Path) -> float:
+    """What a file beside `path` that is touched now gets as its time; this host's time for those who may write none there."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        beside.touch()
+        return beside.stat().st_mtime
+    except OSError:  # a colleague looks at the run's state
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 @contextmanager

@@ -256,3 +256,21 @@ def test_a_life_that_was_told_to_leave_is_no_failure_if_it_kept_something(
     (found,) = read_events(layout)
     assert found["event"] == event[0]
     assert found.get("reason", "").startswith(event[1])
+
+
+@pytest.mark.parametrize(
+    ("hang_seconds", "script", "reason"),
+    [(60, "sleep 0.2; exit 7", "exit code 7"), (1, "exec sleep 60", "no progress for 1 s: the step was ended")],
+)
+def test_a_step_is_hung_when_its_heartbeat_stands_still_whatever_the_file_server_s_clock_says(
+    hang_seconds: int, script: str, reason: str, started: tuple[RunConfig, RunLayout, Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, layout, _ = started
+    finish(layout, StageRef("merge", 0), config=config)
+    config = config.model_copy(update={"slurm": config.slurm.model_copy(update={"hang_seconds": hang_seconds})})
+    heartbeat = layout.heartbeat("train", 0, None)
+    monkeypatch.setattr(supervise, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(supervise, "step_command", lambda *_: ["sh", "-c", f'touch -d @0 "$0"; {script}', str(heartbeat)])
+    monkeypatch.setattr(supervise, "_first_host", lambda: "n1")
+    assert supervise.supervise(config, layout, StageRef("train", 0), FIRST_SLOT) == 75
+    assert read_events(layout)[-1]["reason"].startswith(reason)

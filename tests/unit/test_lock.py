@@ -47,6 +47,35 @@ def test_another_hosts_lock_is_stale_only_when_it_was_not_touched(tmp_path: Path
     assert not is_held(path, stale_seconds=60)
 
 
+@pytest.mark.parametrize("ahead_seconds", [-3600, 3600])
+def test_a_clock_that_is_not_the_file_server_s_makes_no_lock_stale_or_fresh(
+    ahead_seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, server_time = tmp_path / "lock", time.time
+    monkeypatch.setattr(time, "time", lambda: server_time() + ahead_seconds)
+    path.write_text(json.dumps(asdict(replace(Owner.this_process(), host="elsewhere"))), encoding="utf-8")
+    assert is_held(path, stale_seconds=60)
+    with pytest.raises(StageIncomplete), held(path, Owner.this_process(), what="train 0", stale_seconds=60):
+        raise AssertionError("two owners")
+    old = server_time() - 61
+    os.utime(path, (old, old))
+    assert not is_held(path, stale_seconds=60)
+    with held(path, Owner.this_process(), what="train 0", stale_seconds=60):
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_who_may_write_nothing_beside_a_lock_still_sees_whether_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(path)
+
+    path = tmp_path / "lock"
+    path.write_text(json.dumps(asdict(replace(Owner.this_process(), host="elsewhere"))), encoding="utf-8")
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert is_held(path, stale_seconds=60)
+    os.utime(path, (0, 0))
+    assert not is_held(path, stale_seconds=60)
+
+
 def test_a_lock_that_could_not_be_touched_for_a_while_is_touched_again(tmp_path: Path) -> None:
     path, away = tmp_path / "lock", tmp_path / "away"
     with held(path, Owner.this_process(), what="train 0", stale_seconds=0.06):
