@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from spin_megatron.launch.failures import record_submission
 from spin_megatron.launch.started_run import open_or_start, remember_changes
 from spin_megatron.pipeline import LOCK_STALE_SECONDS, early_stop, missing_stages
 from spin_megatron.run import manifest as manifests
+from spin_megatron.run.children import ended_with_parent
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held
 from spin_megatron.stage_table import STAGES, StageRef, log_folder, made_in
@@ -64,7 +66,12 @@ class Link:
     after_any: bool
 
     def job_name(self, run_name: str) -> str:
-        return f"spin-{run_name}-{self.name}-{self.iteration}"
+        return f"{_job_prefix(run_name)}{self.name}-{self.iteration}"
+
+
+def _job_prefix(run_name: str) -> str:
+    """What the names of a run's jobs begin with; link and iteration follow."""
+    return f"spin-{run_name}-"
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,9 @@ def submit(config: RunConfig, layout: RunLayout, *, scripts: Path = DEFAULT_SCRI
             stop = early_stop(config, layout)
             logger.info("%s; nothing to submit", "the run is complete" if stop is None else f"the run is stopped {stop.reason}")
             return []
+        for job in _unrecorded_jobs(config, layout):
+            logger.info("job %s (%s %d) is this run's, of a submission that was cut off", job.job_id, job.link, job.iteration)
+            _record(layout, links[-1].iteration, job)
         after = _active_arrays(layout, own_job)
         if ADVANCE in after.values():
             logger.info("jobs of this run are under way (%s); nothing to submit", ", ".join(after))
@@ -236,42 +246,55 @@ def _make_log_folders(layout: RunLayout, links: Sequence[Link]) -> None:
 def _submit_links(config: RunConfig, layout: RunLayout, links: Sequence[Link], *, after: str | None, tries: int) -> list[SubmittedJob]:
     """All of the links, each after the one before, or none: half a chain would end with nobody to go on."""
     jobs: list[SubmittedJob] = []
-    record = layout.slurm_jobs(links[-1].iteration)
-    earlier = read_jobs(record)
     for link in links:
         try:
-            job_id = _sbatch(layout, link.job_name(config.run.name), sbatch_command(config, layout, link, after=after), tries=tries)
+            job = _sbatch(config, layout, link, after=after, tries=tries)
         except ValueError as error:
             if jobs:
                 run_slurm(["scancel", *(job.job_id for job in jobs)], is_repeatable=True)
             raise ValueError(f"sbatch refused {link.name} {link.iteration}: {error}; no job of this chain is left in the queue.") from error
-        jobs.append(SubmittedJob(job_id, link.name, link.iteration, link.array, str(os.getuid())))
-        manifests.write_json(record, [asdict(job) for job in [*earlier, *jobs]])
-        logger.info("submitted %s %d as job %s, array %s", link.name, link.iteration, job_id, link.array)
-        after = job_id
+        jobs.append(job)
+        _record(layout, links[-1].iteration, job)
+        logger.info("submitted %s %d as job %s, array %s", link.name, link.iteration, job.job_id, link.array)
+        after = job.job_id
     return jobs
 
 
-def _sbatch(layout: RunLayout, job_name: str, words: Sequence[str], *, tries: int) -> str:
-    """Submit one job; returns its id. ValueError: Slurm goes on refusing it."""
-    known = {job.job_id for path in layout.all_slurm_jobs() for job in read_jobs(path)}
+def _record(layout: RunLayout, iteration: int, job: SubmittedJob) -> None:
+    path = layout.slurm_jobs(iteration)
+    manifests.write_json(path, [asdict(known) for known in (*read_jobs(path), job)])
+
+
+def _sbatch(config: RunConfig, layout: RunLayout, link: Link, *, after: str | None, tries: int) -> SubmittedJob:
+    """Submit the job of a link. ValueError: Slurm goes on refusing it."""
+    words = sbatch_command(config, layout, link, after=after)
     for number in range(tries):
         result = run_slurm(words)
         if result.returncode == 0:
-            return result.stdout.strip().partition(";")[0]
+            return SubmittedJob(result.stdout.strip().partition(";")[0], link.name, link.iteration, link.array, str(os.getuid()))
         if number + 1 == tries:
             break
         pause = PAUSE_SECONDS * 2**number
         logger.warning("sbatch: %s; trying again in %.0f s", result.stderr.strip(), pause)
         time.sleep(pause)
         # An answer that came too late is no refusal: the job is there, and a second one would run beside it.
-        question = ["squeue", "--noheader", f"--user={os.getuid()}", f"--name={job_name}", "--format=%F|%Z"]
-        queue = run_slurm(question, is_repeatable=True)
-        rows = [row.strip().partition("|") for row in queue.stdout.splitlines()]
-        late = [job for job, _, folder in rows if folder == str(layout.root) and job not in known]
+        late = [job for job in _unrecorded_jobs(config, layout) if (job.link, job.iteration) == (link.name, link.iteration)]
         if late:
             return late[0]
     raise ValueError(f"{result.stderr.strip()} (command: {shlex.join(words)})")
+
+
+def _unrecorded_jobs(config: RunConfig, layout: RunLayout) -> list[SubmittedJob]:
+    """This run's jobs that the queue shows and no record names: whoever submitted them was killed, or got no answer."""
+    recorded = {job.job_id for path in layout.all_slurm_jobs() for job in read_jobs(path)}
+    user, prefix = str(os.getuid()), _job_prefix(config.run.name)
+    found: dict[str, SubmittedJob] = {}
+    for row in _squeue(f"--user={user}", "--format=%F|%K|%j|%Z"):
+        job_id, array, name, folder = row.split("|", 3)
+        link, _, iteration = name.removeprefix(prefix).rpartition("-")
+        if folder == str(layout.root) and name.startswith(prefix) and link in (*STAGES, ADVANCE) and job_id not in recorded:
+            found[job_id] = SubmittedJob(job_id, link, int(iteration), array, user)
+    return list(found.values())
 
 
 def check_resources(config: RunConfig) -> None:
@@ -345,15 +368,15 @@ def active_jobs(layout: RunLayout) -> Mapping[str, str]:
     ids, users = {job.job_id for job in jobs}, {job.user for job in jobs}
     # The controller sends one user's jobs alone, where asked for job ids it would send all for squeue to choose from.
     by_user = [f"--user={','.join(sorted(users))}"] if "" not in users else []
-    result = run_slurm(["squeue", "--noheader", "--array", *by_user, "--format=%i|%T"], is_repeatable=True)
+    states = dict(row.split("|") for row in _squeue("--array", *by_user, "--format=%i|%T"))
+    return {name: state for name, state in states.items() if name.partition("_")[0] in ids}
+
+
+def _squeue(*options: str) -> list[str]:
+    result = run_slurm(["squeue", "--noheader", *options], is_repeatable=True)
     if result.returncode:
         raise ValueError(f"squeue failed: {result.stderr.strip()}; is this a host of the cluster?")
-    found = {}
-    for row in result.stdout.splitlines():
-        name, _, state = row.strip().partition("|")
-        if name.partition("_")[0] in ids:
-            found[name] = state
-    return found
+    return [row.strip() for row in result.stdout.splitlines()]
 
 
 def run_slurm(words: Sequence[str], *, is_repeatable: bool = False) -> subprocess.CompletedProcess[str]:
@@ -362,7 +385,15 @@ def run_slurm(words: Sequence[str], *, is_repeatable: bool = False) -> subproces
         raise ValueError(f"{words[0]} is not on PATH; run this on a login node of the cluster, or use `spin-megatron run` on one machine.")
     for tries_left in reversed(range(TRIES if is_repeatable else 1)):
         try:
-            result = subprocess.run(list(words), capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+            result = subprocess.run(
+                list(words),
+                capture_output=True,
+                text=True,
+                timeout=ANSWER_SECONDS,
+                check=False,
+                # An sbatch that outlived us, waiting for a busy controller, would submit unseen by the next submission.
+                preexec_fn=ended_with_parent(signal.SIGKILL),
+            )
         except subprocess.TimeoutExpired as error:
             result = subprocess.CompletedProcess(error.cmd, 1, "", f"no answer in {ANSWER_SECONDS:.0f} s")
         if result.returncode == 0 or tries_left == 0:

@@ -1,6 +1,9 @@
 """The loop on a real Slurm that nothing disturbs: two iterations on two nodes of two ranks, tensor 2 x data 2."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +14,8 @@ from spin_megatron.config import RunConfig
 from spin_megatron.launch.slurm import read_jobs
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.stage_table import StageRef, line, log_folder
-from tests.slurm.cluster_run import REPOSITORY, assert_same_result, fork
-from tests.tiny_run import spin_megatron
+from tests.slurm.cluster_run import REPOSITORY, SPIN_ITER, ClusterRun, assert_same_result, fork
+from tests.tiny_run import make_tiny_run, spin_megatron
 from tools.local_slurm.cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -33,6 +36,39 @@ def test_training_on_this_machine_without_slurm_ends_with_the_same_weights(undis
         result = spin_megatron(ref.name, "--run-dir", layout.root, "--iteration", str(ref.iteration), timeout=300)
         assert result.returncode == 0, result.stdout + result.stderr
     assert_same_result(layout, undisturbed, iterations=1)
+
+
+KILLING_SBATCH = """#!/bin/sh
+{sbatch} "$@" && kill -KILL $PPID
+"""
+
+
+def test_a_submission_that_is_killed_right_behind_an_sbatch_leaves_no_job_to_be_submitted_twice(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config, run = make_tiny_run(tmp_path / "it's a run"), ClusterRun(cluster, RunLayout(tmp_path / "it's a run" / "run"))
+    settings = ["--set", "parallel.pipeline=1", "--set", 'slurm.options=["--hold"]']
+    words = ["bash", str(SPIN_ITER), str(config), "--run-dir", str(run.layout.root), *settings]
+
+    def submission(path: str) -> int:
+        environment = os.environ | {"PATH": path}
+        return subprocess.run(words, env=environment, capture_output=True, timeout=120, cwd=REPOSITORY, check=False).returncode
+
+    killing = tmp_path / "killing" / "sbatch"
+    killing.parent.mkdir()
+    killing.write_text(KILLING_SBATCH.format(sbatch=shutil.which("sbatch")), encoding="utf-8")
+    killing.chmod(0o755)
+    assert submission(f"{killing.parent}:{os.environ['PATH']}") == -signal.SIGKILL
+    assert run.job_ids() == [], "a job is queued, and nothing says so"
+    try:
+        for _ in range(2):
+            assert submission(os.environ["PATH"]) == 0
+            listing = run.slurm("squeue", "--noheader", "--format=%Z|%j").splitlines()
+            ours = sorted(row.partition("|")[2] for row in listing if row.startswith(f"{run.layout.root}|"))
+            assert ours == ["spin-tiny-advance-0", "spin-tiny-export-0"]
+        assert [job.link for job in read_jobs(run.layout.slurm_jobs(0))] == ["export", "advance"]
+    finally:
+        run.slurm("scancel", *run.job_ids())
 
 
 def slurm_local(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -45,9 +45,8 @@ class Scripted:
             return subprocess.CompletedProcess(words, 0, f"{100 + number}\n", "")
         if words[0] == "squeue":
             rows = [row.split("|") for row in self.queue]
-            named = [word.partition("=")[2] for word in words if word.startswith("--name=")]
-            if named:
-                return subprocess.CompletedProcess(words, 0, "".join(f"{r[0]}|{self.layout.root}\n" for r in rows if r[3] in named), "")
+            if "--format=%F|%K|%j|%Z" in words:
+                return subprocess.CompletedProcess(words, 0, "".join(f"{r[0]}|0-0|{r[3]}|{self.layout.root}\n" for r in rows), "")
             return subprocess.CompletedProcess(words, 0, "".join("|".join(r[1:3]) + "\n" for r in rows), "")
         if words[0] == "scancel":
             self.queue = [row for row in self.queue if row.split("|")[0] not in words]
@@ -130,6 +129,33 @@ def test_half_a_chain_gets_the_link_that_goes_on_and_nothing_else(started: tuple
     assert [(job.link, job.job_id) for job in submit(config, layout)] == [("advance", "105")]
     assert "--dependency=afterany:101:102" in programs.called("sbatch")[-1]
     assert submit(config, layout) == [], "a link that goes on is queued now"
+
+
+@pytest.mark.parametrize(
+    ("num_recorded", "then"),
+    [(0, ["advance"]), (2, ["advance"]), (4, [])],  # cut off behind the sbatch of merge, of export, of advance
+)
+def test_a_submission_that_is_killed_before_it_recorded_a_job_leaves_none_to_be_submitted_twice(
+    num_recorded: int, then: list[str], started: tuple[RunConfig, RunLayout, Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, layout, programs = started
+    record, records = slurm._record, []
+
+    def killed(*arguments: object) -> None:
+        if len(records) == num_recorded:
+            raise KeyboardInterrupt
+        records.append(arguments)
+        record(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(slurm, "_record", killed)
+        submit(config, layout)
+    programs.queue += ["7|7_0|RUNNING|spin-r-stranger-0", "8|8_0|RUNNING|spin-other-merge-0"]
+    assert [job.link for job in submit(config, layout)] == then
+    assert links_of(layout) == ["merge", "train", "export", "evaluate", "advance"][: num_recorded + 1] + then
+    before = [f"{100 + number}" for number in range(num_recorded + 1)]
+    assert not then or f"--dependency=afterany:{':'.join(before)}" in programs.called("sbatch")[-1]
+    assert submit(config, layout) == []
 
 
 def test_squeue_is_asked_for_the_jobs_of_who_submitted_the_run_alone(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
