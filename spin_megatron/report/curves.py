@@ -5,7 +5,6 @@ metrics.jsonl and the evaluations, as far as the run has come.
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from spin_megatron.config import RunConfig
-from spin_megatron.objective.spin_loss import loss_at_zero
 from spin_megatron.report.overview import evaluations
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import atomic_path
@@ -51,14 +49,17 @@ def write_report(config: RunConfig, layout: RunLayout) -> list[Path]:
     steps = {t: rows for t in range(config.run.iterations) if (rows := read_metrics(layout.metrics(t)))}
     if not steps:
         raise ValueError(f"{layout.root} has no training metrics yet; run it first: spin-megatron run {str(layout.root)!r}")
-    written = [_save(_training_figure(config, steps), layout.report / "training.png")]
+    from spin_megatron.objective.spin_loss import loss_at_zero  # with torch, which the other verbs of this layer do without
+
+    at_zero = loss_at_zero(config.objective.loss)
+    written = [_save(_training_figure(config, steps, at_zero), layout.report / "training.png")]
     evaluated = evaluations(config, layout)
     if evaluated:
-        written.append(_save(_iterations_figure(config, evaluated), layout.report / "iterations.png"))
+        written.append(_save(_iterations_figure(config, evaluated, at_zero), layout.report / "iterations.png"))
     return written
 
 
-def _training_figure(config: RunConfig, steps: dict[int, list[dict[str, Any]]]) -> Figure:
+def _training_figure(config: RunConfig, steps: dict[int, list[dict[str, Any]]], loss_at_zero: float) -> Figure:
     figure = Figure(figsize=(13, 7), layout="constrained")
     figure.suptitle(f"{config.run.name}: updates, iteration after iteration")
     axes = figure.subplots(2, 3).flatten()
@@ -66,23 +67,23 @@ def _training_figure(config: RunConfig, steps: dict[int, list[dict[str, Any]]]) 
         start = 0
         for t, rows in steps.items():
             for key, style in zip(keys, ("-", "--"), strict=False):
-                values = [_number(row.get(key)) for row in rows]
+                values = [float(row[key]) for row in rows]  # what was not finite is a gap in the curve
                 axis.plot(range(start, start + len(rows)), values, style, color=f"C{t % 10}", label=f"iteration {t} {_side(key)}".rstrip())
             start += len(rows)
         axis.set_title(title)
         axis.set_xlabel("update")
-    axes[0].axhline(loss_at_zero(config.objective.loss), color="grey", linewidth=0.8, linestyle=":")
-    _legend(axes[3])
+    axes[0].axhline(loss_at_zero, color="grey", linewidth=0.8, linestyle=":")
+    axes[3].legend(fontsize="small")
     return figure
 
 
-def _iterations_figure(config: RunConfig, evaluated: dict[int, dict[str, Any]]) -> Figure:
+def _iterations_figure(config: RunConfig, evaluated: dict[int, dict[str, Any]], loss_at_zero: float) -> Figure:
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     figure.suptitle(f"{config.run.name}: theta_(t+1) on held-out pairs")
     left, middle, right = figure.subplots(1, 3)
     iterations = list(evaluated)
     _points(left, iterations, evaluated, (("loss", "SPIN loss"),), "held-out loss")
-    left.axhline(loss_at_zero(config.objective.loss), color="grey", linewidth=0.8, linestyle=":", label="l(0)")
+    left.axhline(loss_at_zero, color="grey", linewidth=0.8, linestyle=":", label="l(0)")
     _points(middle, iterations, evaluated, (("accuracy", "accuracy"),), "accuracy")
     _points(
         right,
@@ -92,7 +93,7 @@ def _iterations_figure(config: RunConfig, evaluated: dict[int, dict[str, Any]]) 
         "NLL of the human answers (nats a token)",
     )
     for axis in (left, right):
-        _legend(axis)
+        axis.legend(fontsize="small")
     return figure
 
 
@@ -106,17 +107,8 @@ def _points(
     axis.set_xticks(list(iterations))
 
 
-def _legend(axis: Axes) -> None:
-    axis.legend(fontsize="small")
-
-
 def _side(key: str) -> str:
     return {"logp_real": "y", "logp_generated": "y'"}.get(key, "")
-
-
-def _number(value: float | str | None) -> float:
-    """A metric; what was not finite is kept as text in the file and is a gap in the curve."""
-    return value if isinstance(value, float | int) else math.nan
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -33,7 +33,7 @@ LAYERS = {
 }
 # Plain arguments instead of the config: what computes can be used and tested without a run.
 WITHOUT_CONFIG = ("spin_megatron.data", "spin_megatron.objective", "spin_megatron.convert.families")
-TORCH_FREE = ("config", "config_file", "config_sections", "run", "plan", "stage_table", "pipeline", "launch", "cli")
+TORCH_FREE = ("config", "config_file", "config_sections", "run", "plan", "stage_table", "pipeline", "launch", "report", "cli")
 HEAVY = ("torch", "transformers", "datasets", "megatron", "transformer_engine", "tensorrt_llm")
 
 # package -> where it may be imported
