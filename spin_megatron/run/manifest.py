@@ -215,10 +215,17 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def git_revision() -> str | None:
-    """Revision of the source tree this package runs from ("-dirty" when changed); None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+def git_revision(file: Path = Path(__file__)) -> str | None:
+    """Revision of the source tree this package runs from ("-dirty" when changed); None where git does not track this package's files.
+
+    An installed package may lie in the environment of somebody's own repository, whose revision says nothing of it.
+    """
+    git = ["git", "-C", str(file.parent)]
     try:
+        is_tracked = subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=10, check=False)
+        if is_tracked.returncode:
+            return None
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import subprocess
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from spin_megatron.run.manifest import (
     difference,
     digest_file,
     digest_tree,
+    git_revision,
     is_disk_full,
     output_file,
     read_manifest,
@@ -185,6 +187,23 @@ def test_the_digest_of_a_tree_is_that_of_its_names_and_contents(tmp_path: Path) 
     os.rename(tmp_path / "a" / "three.txt", tmp_path / "a" / "two.txt")
     write_text(tmp_path / "a" / "b" / "one.txt", "!")
     assert digest_tree(tmp_path / "a") != whole
+
+
+def test_the_git_revision_is_that_of_the_repository_which_tracks_the_file_and_of_no_other_around_it(tmp_path: Path) -> None:
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(tmp_path), *words], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+    git("init", "--quiet")
+    write_text(tmp_path / "own.py", "tracked")
+    git("add", "own.py")
+    git(*who, "commit", "--quiet", "--message", "first")
+    write_text(tmp_path / ".venv" / "installed.py", "of an environment inside the repository")
+    assert git_revision(tmp_path / "own.py") == git("rev-parse", "HEAD")
+    assert git_revision(tmp_path / ".venv" / "installed.py") is None
+    write_text(tmp_path / "own.py", "changed")
+    assert git_revision(tmp_path / "own.py") == f"{git('rev-parse', 'HEAD')}-dirty"
 
 
 def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path: Path) -> None:
