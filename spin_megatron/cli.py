@@ -59,13 +59,14 @@ def build_parser(called: str | None = None) -> argparse.ArgumentParser:
     run = verbs.add_parser("run", help="run the whole loop on this machine; the same command again resumes it")
     run.add_argument("target", type=Path, help="a config file, or the run directory of a started run")
     run.add_argument("--run-dir", type=Path, help="where the run lives; default runs/NAME in the current folder")
-    run.add_argument("--redo", metavar="STAGE:T[:SHARD]", help="first move this finished stage, and what was made from it, aside")
+    _add_redo(run)
     _add_overrides(run)
     run.set_defaults(handler=_lazy("spin_megatron.launch.loop", "run"))
 
     submit = verbs.add_parser("submit", help="submit the run to Slurm as job arrays; the same command again goes on from where it stands")
     submit.add_argument("target", type=Path, help="a config file, or the run directory of a started run")
     submit.add_argument("--run-dir", type=Path, help="where the run lives, on a file system that every node sees")
+    _add_redo(submit)
     submit.add_argument("--dry-run", action="store_true", help="print every sbatch line and submit nothing")
     submit.add_argument("--scripts", type=Path, help="folder of env.sh, stage.sh and spin_iter.sh (default: slurm/ of this project)")
     _add_overrides(submit)
@@ -115,6 +116,10 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="override one setting (null: none); repeatable",
     )
+
+
+def _add_redo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--redo", metavar="STAGE:T[:SHARD]", help="first move this finished stage, and what was made from it, aside")
 
 
 def _add_rank_options(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ a stage's module is imported when the stage runs.
 """
 
 import importlib
+import logging
 import shutil
 import socket
 import time
@@ -22,6 +23,8 @@ from spin_megatron.run.lock import Owner, held, is_held
 from spin_megatron.run.manifest import Manifest, OutputFile, StageIncomplete, StaleStage
 from spin_megatron.run.telemetry import progress_bar
 from spin_megatron.stage_table import STAGES, StageRef, folder_of, line, made_in, settings_of
+
+logger = logging.getLogger(__name__)
 
 State = Literal["done", "stale", "ready", "waiting"]
 
@@ -239,6 +242,7 @@ def redo(config: RunConfig, layout: RunLayout, chosen: StageRef) -> dict[StageRe
     for ref, target in moved.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folders[ref], target)
+        logger.info("%s is moved aside, to %s", ref, target)
     return moved
 
 

@@ -28,6 +28,18 @@ class StageRef:
         shard = "" if self.shard is None else f" shard {self.shard}"
         return f"{self.name} {self.iteration}{shard}"
 
+    @classmethod
+    def parse(cls, text: str) -> "StageRef":
+        """The stage that a person names as STAGE:ITERATION or STAGE:ITERATION:SHARD; without a shard, all of them.
+
+        Raises:
+            ValueError: the text is not of that form.
+        """
+        name, *numbers = text.split(":")
+        if name not in STAGES or not 1 <= len(numbers) <= 2 or not all(number.isdigit() for number in numbers):
+            raise ValueError(f"--redo {text!r} is not STAGE:ITERATION[:SHARD] with a stage of {', '.join(STAGES)}; for example train:1.")
+        return cls(name, *(int(number) for number in numbers))
+
     def command(self, layout: RunLayout) -> str:
         """What a person types to run exactly this stage."""
         shard = "" if self.shard is None else f" --shard {self.shard}"
@@ -36,7 +48,8 @@ class StageRef:
     def redo_command(self, layout: RunLayout) -> str:
         """What a person types to make exactly this stage, and what was made from it, anew."""
         shard = "" if self.shard is None else f":{self.shard}"
-        return f"spin-megatron run {str(layout.root)!r} --redo {self.name}:{self.iteration}{shard}"
+        verb = "submit" if layout.slurm.exists() else "run"
+        return f"spin-megatron {verb} {str(layout.root)!r} --redo {self.name}:{self.iteration}{shard}"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from spin_megatron.config import RunConfig
-from spin_megatron.config_sections import StageName
 from spin_megatron.launch.check import check_harness
 from spin_megatron.launch.gpus import pool_for
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
@@ -31,8 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_harness(config)
     remember_changes(config, layout)
     if arguments.redo:
-        for ref, folder in redo(config, layout, _parse_ref(arguments.redo)).items():
-            logger.info("%s is moved aside, to %s", ref, folder)
+        redo(config, layout, StageRef.parse(arguments.redo))
     refs = line(config)
     with Launcher() as launcher:
         for number, ref in enumerate(refs, start=1):
@@ -150,14 +148,6 @@ def launch_stage(
         variables=variables,
         has_terminal=has_terminal,
     )
-
-
-def _parse_ref(text: str) -> StageRef:
-    name, *numbers = text.split(":")
-    if name not in STAGES or not 1 <= len(numbers) <= 2 or not all(number.isdigit() for number in numbers):
-        raise ValueError(f"--redo {text!r} is not STAGE:ITERATION[:SHARD] with a stage of {', '.join(STAGES)}; for example train:1.")
-    stage: StageName = name  # type: ignore[assignment]  # checked against STAGES above
-    return StageRef(stage, *(int(number) for number in numbers))
 
 
 def require_in_line(config: RunConfig, ref: StageRef) -> None:

@@ -31,11 +31,12 @@ from spin_megatron.generation.engine import EXTERNAL
 from spin_megatron.launch.check import check_config
 from spin_megatron.launch.failures import record_submission
 from spin_megatron.launch.started_run import open_or_start, remember_changes
-from spin_megatron.pipeline import LOCK_STALE_SECONDS, early_stop, missing_stages
+from spin_megatron.pipeline import LOCK_STALE_SECONDS, early_stop, missing_stages, redo
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.children import ended_with_parent
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held
+from spin_megatron.run.manifest import StageIncomplete
 from spin_megatron.stage_table import STAGES, StageRef, log_folder, made_in
 
 logger = logging.getLogger(__name__)
@@ -89,11 +90,14 @@ def command(arguments: argparse.Namespace) -> int:
     """Handle the verb: start the run if need be, and submit its chain."""
     config, layout = open_or_start(arguments, is_trial=arguments.dry_run)
     scripts = arguments.scripts or DEFAULT_SCRIPTS
+    redone = StageRef.parse(arguments.redo) if arguments.redo else None
     if arguments.dry_run:
+        if redone is not None:
+            raise ValueError(f"--dry-run moves nothing, so it cannot show what follows --redo {arguments.redo}; leave one of them out.")
         for words in dry_run(config, layout):
             print(shlex.join(words))  # noqa: T201 (the answer of the command)
         return 0
-    submit(config, layout, scripts=scripts)
+    submit(config, layout, scripts=scripts, redone=redone)
     return 0
 
 
@@ -183,22 +187,32 @@ def dry_run(config: RunConfig, layout: RunLayout) -> list[list[str]]:
     return commands
 
 
-def submit(config: RunConfig, layout: RunLayout, *, scripts: Path = DEFAULT_SCRIPTS, own_job: str | None = None) -> list[SubmittedJob]:
+def submit(
+    config: RunConfig,
+    layout: RunLayout,
+    *,
+    scripts: Path = DEFAULT_SCRIPTS,
+    own_job: str | None = None,
+    redone: StageRef | None = None,
+) -> list[SubmittedJob]:
     """Submit the chain of the first iteration that is not complete; or, behind jobs that nothing goes on from, its last link alone.
 
     Args:
         scripts: folder of env.sh and stage.sh; they are copied into the run directory.
         own_job: the job this runs in, which does not count as one that is under way; absent when a person submits.
+        redone: a stage to be moved aside before, with what was made from it.
 
     Raises:
         ValueError: the resources do not fit the layout, or sbatch refused a job; then none of the chain is left behind.
-        StageIncomplete: another submission holds the lock.
+        StageIncomplete: another submission holds the lock, or a stage is to be moved aside while jobs are under way.
     """
     check_resources(config)
     check_config(config)
     layout.slurm.mkdir(parents=True, exist_ok=True)
     what = f"the submission of {layout.root}"
     with held(layout.submit_lock, Owner.this_process(), what=what, stale_seconds=LOCK_STALE_SECONDS, wait_seconds=LOCK_WAIT_SECONDS):
+        if redone is not None:
+            _redo(config, layout, redone)
         links = chain(config, layout)
         if not links:
             stop = early_stop(config, layout)
@@ -221,6 +235,14 @@ def submit(config: RunConfig, layout: RunLayout, *, scripts: Path = DEFAULT_SCRI
             remember_changes(config, layout)
             record_submission(layout, missing_stages(config, layout))
         return _submit_links(config, layout, links, after=":".join(after) or None, tries=TRIES if own_job else 1)
+
+
+def _redo(config: RunConfig, layout: RunLayout, redone: StageRef) -> None:
+    """Move a stage aside, unless jobs in the queue count on it."""
+    if queued := [*active_jobs(layout), *(job.job_id for job in _unrecorded_jobs(config, layout))]:
+        cure = f"scancel {' '.join(dict.fromkeys(name.partition('_')[0] for name in queued))}"
+        raise StageIncomplete(f"--redo {redone} would take from jobs of this run what they count on; end them first ({cure}).")
+    redo(config, layout, redone)
 
 
 def _active_arrays(layout: RunLayout, own_job: str | None) -> dict[str, str]:

@@ -21,6 +21,7 @@ from spin_megatron.run.manifest import StageIncomplete, digest_values, read_mani
 from spin_megatron.run.records import GeneratedRow, PromptRow, num_rows, read_all, read_rows, write_rows
 from spin_megatron.run.seeds import row_seed
 from spin_megatron.run.telemetry import progress_bar
+from spin_megatron.stage_table import StageRef
 from spin_megatron.stages.build_engine import engine_spec
 from spin_megatron.stages.context import StageContext, StageOutput
 
@@ -116,10 +117,8 @@ def _claim_folder(context: StageContext, shard: int, sampling: Sampling, parts: 
     layout, t = context.layout, context.iteration
     engine = read_manifest(layout.engine(t))
     if engine is None:
-        raise StageIncomplete(
-            f"generate {t} needs build-engine {t}, which is not complete; "
-            f"run: spin-megatron build-engine --run-dir {str(layout.root)!r} --iteration {t}"
-        )
+        builder = StageRef("build-engine", t)
+        raise StageIncomplete(f"generate {t} needs {builder}, which is not complete; run: {builder.command(layout)}")
     prompts = [(prompt.example_id, prompt.token_ids, prompt.seed) for part in parts for prompt in part.prompts]
     identity = digest_values([engine.key, vars(sampling), context.config.generate.rows_per_part, prompts])
     path = layout.shard_identity(t, shard)

@@ -29,6 +29,7 @@ from spin_megatron.run.manifest import StageIncomplete, read_manifest, verify_ou
 from spin_megatron.run.records import GeneratedRow, Pack, PromptRow, SpinPair, read_rows, write_rows
 from spin_megatron.run.seeds import row_seed
 from spin_megatron.run.telemetry import console, progress_bar
+from spin_megatron.stage_table import StageRef
 from spin_megatron.stages.context import StageContext, StageOutput
 from spin_megatron.stages.generate import judged, shard_range
 
@@ -88,7 +89,7 @@ def collect_answers(context: StageContext, prompts: Sequence[PromptRow], eos_ids
     with progress_bar(f"merge {t} (answers)", len(prompts), show=context.show) as advance:
         for shard in range(num_shards):
             for path, row in _shard_rows(layout, t, shard):
-                redo = _redo(layout, t, shard)
+                redo = StageRef("generate", t, shard).redo_command(layout)
                 if row.example_id not in shard_of:
                     raise ValueError(
                         f"{path} answers example {row.example_id}, which is no prompt of this run. Make the shard anew: {redo}"
@@ -102,28 +103,24 @@ def collect_answers(context: StageContext, prompts: Sequence[PromptRow], eos_ids
     missing = [row.example_id for row in prompts if row.example_id not in answers]
     if missing:
         named = ", ".join(missing[:_NAMED_IDS]) + (f" and {len(missing) - _NAMED_IDS} more" if len(missing) > _NAMED_IDS else "")
-        commands = "\n  ".join(_redo(layout, t, shard) for shard in sorted({shard_of[example_id] for example_id in missing}))
+        shards = sorted({shard_of[example_id] for example_id in missing})
+        commands = "\n  ".join(StageRef("generate", t, shard).redo_command(layout) for shard in shards)
         raise StageIncomplete(f"generate {t} has no answer to {len(missing)} of {len(prompts)} prompts ({named}). Run:\n  {commands}")
     return answers
 
 
 def _shard_rows(layout: RunLayout, t: int, shard: int) -> Iterator[tuple[Path, GeneratedRow]]:
     """Rows of a finished shard with the file they stand in, part after part."""
-    folder = layout.shard(t, shard)
+    ref, folder = StageRef("generate", t, shard), layout.shard(t, shard)
     manifest = read_manifest(folder)
     if manifest is None:
-        command = f"spin-megatron generate --run-dir {str(layout.root)!r} --iteration {t} --shard {shard}"
-        raise StageIncomplete(f"merge {t} needs shard {shard} of generate {t}, which is not complete; run: {command}")
+        raise StageIncomplete(f"merge {t} needs {ref}, which is not complete; run: {ref.command(layout)}")
     problems = verify_outputs(folder, manifest, digests=True)
     if problems:
-        raise ValueError(f"{'; '.join(problems)}. Make the shard anew: {_redo(layout, t, shard)}")
+        raise ValueError(f"{'; '.join(problems)}. Make the shard anew: {ref.redo_command(layout)}")
     for path in sorted(folder.glob("part_*.parquet")):
         for row in read_rows(path, GeneratedRow):
             yield path, row
-
-
-def _redo(layout: RunLayout, t: int, shard: int) -> str:
-    return f"spin-megatron run {str(layout.root)!r} --redo generate:{t}:{shard}"
 
 
 def _check_answer(row: GeneratedRow, path: Path, *, eos_ids: Collection[int], cap: int, redo: str) -> None:

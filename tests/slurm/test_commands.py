@@ -1,12 +1,13 @@
 """The sbatch lines of `submit --dry-run`, word for word; no Slurm is needed."""
 
 import shlex
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from spin_megatron.config import RunConfig
-from spin_megatron.launch.slurm import chain, check_resources, dry_run
+from spin_megatron.launch.slurm import chain, check_resources, command, dry_run
 from spin_megatron.launch.started_run import open_run
 from spin_megatron.launch.supervise import engine_changes, srun_command, step_command
 from spin_megatron.pipeline import inputs_of
@@ -74,6 +75,15 @@ def test_a_fresh_run_is_one_chain_in_which_every_link_waits_for_the_one_before()
     ]
     # shlex quotes a word only where a shell would change it: a dependency on a named job holds < and >.
     assert [shlex.split(line) for line in lines] == [shlex.split(line.replace("<", "'<").replace(">", ">'")) for line in expected]
+
+
+def test_a_trial_that_would_have_to_move_a_stage_is_refused(tmp_path: Path) -> None:
+    asked = Namespace(target=tmp_path, run_dir=None, overrides=[], dry_run=True, scripts=None, redo="train:0")
+    (tmp_path / "run.json").write_text(make_config().model_dump_json(), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"--dry-run moves nothing, .* --redo train:0; leave one of them out"):
+        command(asked)
+    with pytest.raises(ValueError, match=r"--redo 'train' is not STAGE:ITERATION\[:SHARD\] .*; for example train:1"):
+        command(Namespace(**{**vars(asked), "redo": "train"}))
 
 
 def test_only_the_missing_shards_stand_in_the_array(tmp_path: Path) -> None:

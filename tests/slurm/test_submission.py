@@ -17,7 +17,8 @@ from spin_megatron.launch.started_run import open_as_changed
 from spin_megatron.launch.supervise import Element, advance
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
-from spin_megatron.stage_table import StageRef
+from spin_megatron.run.manifest import StageIncomplete
+from spin_megatron.stage_table import StageRef, line
 from tests.slurm.test_commands import finish, make_config
 
 
@@ -156,6 +157,22 @@ def test_a_submission_that_is_killed_before_it_recorded_a_job_leaves_none_to_be_
     before = [f"{100 + number}" for number in range(num_recorded + 1)]
     assert not then or f"--dependency=afterany:{':'.join(before)}" in programs.called("sbatch")[-1]
     assert submit(config, layout) == []
+
+
+def test_a_stage_is_made_anew_by_jobs_once_none_is_left_that_counts_on_it(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
+    config, layout, programs = started
+    submit(config, layout)
+    finish(layout, *(ref for ref in line(config) if ref.name not in ("export", "evaluate")), config=config)
+    shard = StageRef("generate", 0, 1)
+    with pytest.raises(StageIncomplete, match=r"count on; end them first \(scancel 100 101 102 103 104\)"):
+        submit(config, layout, redone=shard)
+    assert not layout.root.joinpath("redone").exists()
+    programs.queue = []
+    assert shard.redo_command(layout).split("'")[0::2] == ["spin-megatron submit ", " --redo generate:0:1"], "as the run went on so far"
+    chained = submit(config, layout, redone=StageRef.parse("generate:0:1"))
+    assert [(job.link, job.array) for job in chained[:3]] == [("generate", "1%8"), ("merge", "0-0"), ("train", "0-3%1")]
+    moved = [path.parent.name for path in layout.root.joinpath("redone").rglob("MANIFEST.json")]
+    assert sorted(moved) == ["pairs", "shard_00001", "train"]
 
 
 def test_squeue_is_asked_for_the_jobs_of_who_submitted_the_run_alone(started: tuple[RunConfig, RunLayout, Scripted]) -> None:

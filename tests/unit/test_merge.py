@@ -167,7 +167,7 @@ def test_a_missing_shard_names_the_command_that_makes_it(tmp_path: Path) -> None
     first, second = in_two_shards(answers())
     write_shards(context, first, second)
     RunLayout.manifest(context.layout.shard(0, 1)).unlink()
-    with pytest.raises(StageIncomplete, match=r"shard 1 of generate 0.*run: spin-megatron generate --run-dir .* --iteration 0 --shard 1"):
+    with pytest.raises(StageIncomplete, match=r"generate 0 shard 1, .*run: spin-megatron generate --run-dir .* --iteration 0 --shard 1"):
         merge.run(context)
 
 
