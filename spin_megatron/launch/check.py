@@ -11,6 +11,7 @@ from spin_megatron.config_file import load_config
 from spin_megatron.data.sources import FILE_TYPES, is_commit
 from spin_megatron.generation.engine import EXTERNAL, Environment, provider
 from spin_megatron.launch.local import DONE
+from spin_megatron.launch.resources import check_resources
 from spin_megatron.plan.command import check_config_fits, check_model, shape_on_this_machine
 from spin_megatron.plan.hardware import find_gpu
 from spin_megatron.plan.precision import PRECISIONS, check_capability
@@ -27,6 +28,8 @@ def check(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     check_config(config)
+    if config.slurm.stages:
+        check_resources(config)
     if Path(config.model.path).is_dir():
         importlib.import_module("spin_megatron.stages.export").check_folder(Path(config.model.path))
     examine_engine(config)

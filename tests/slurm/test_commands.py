@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from spin_megatron.config import RunConfig
-from spin_megatron.launch.slurm import chain, check_resources, command, dry_run
+from spin_megatron.launch.resources import check_resources
+from spin_megatron.launch.slurm import chain, command, dry_run
 from spin_megatron.launch.started_run import open_run
 from spin_megatron.launch.supervise import engine_changes, srun_command, step_command
 from spin_megatron.pipeline import inputs_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spin_megatron.config_file import load_config
-from spin_megatron.launch.slurm import check_resources
+from spin_megatron.launch.resources import check_resources
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
 from spin_megatron.stage_table import StageRef, folder_of

@@ -84,6 +84,7 @@ def test_a_damaged_model_is_refused(
         (["parallel.tensor=3"], "parallel.tensor=3 does not divide model.num_heads=4"),
         (["data.max_response_tokens=250", "train.pack_tokens=1024"], "is beyond the model's 256 positions"),
         (["train.epoks=3"], "train.epoks: unknown key"),
+        (["slurm.stages.train.nodes=4"], "slurm.stages.train: nodes=4 x ranks_per_node=1 must be 2 (the ranks of [parallel])"),
     ],
 )
 def test_a_wrong_setting_is_refused(changes: list[str], message: str, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
