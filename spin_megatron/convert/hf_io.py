@@ -304,10 +304,21 @@ def write_config_both_dialects(source: Path, destination: Path, *, dtype: str | 
     write_json(destination / "config.json", both_dialects(config, dtype=dtype))
 
 
+def carried_files(source: Path) -> list[Path]:
+    """Tokenizer, chat templates, generation config and licence of a model folder."""
+    return sorted({path for pattern in CARRIED_FILES for path in source.glob(pattern) if path.is_file()})
+
+
+def model_files(folder: Path) -> list[Path]:
+    """All that makes a folder the model it is: config, weights, and what is carried over; not the pickles or originals beside them."""
+    index = folder / INDEX_NAME
+    return [folder / "config.json", *([index] if index.exists() else []), *_weight_files(folder), *carried_files(folder)]
+
+
 def copy_tokenizer_files(source: Path, destination: Path) -> list[Path]:
-    """Copy tokenizer, chat template, generation config and licence byte for byte; returns the new paths."""
+    """Copy what `carried_files` names byte for byte; returns the new paths."""
     copied = []
-    for path in sorted({path for pattern in CARRIED_FILES for path in source.glob(pattern) if path.is_file()}):
+    for path in carried_files(source):
         target = destination / path.relative_to(source)
         with atomic_path(target) as aside:
             shutil.copyfile(path, aside)

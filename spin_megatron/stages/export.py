@@ -15,12 +15,13 @@ from typing import Any
 
 from spin_megatron.config import RunConfig
 from spin_megatron.convert.adapters import write_peft
-from spin_megatron.convert.hf_io import HfFolder, check_tensors, model_card
+from spin_megatron.convert.hf_io import CARRIED_FILES, HfFolder, check_tensors, model_card, model_files
+from spin_megatron.convert.safetensors_writer import INDEX_NAME
 from spin_megatron.convert.torch_dist import torch_dist_to_hf
 from spin_megatron.plan.command import check_config_fits, check_model
 from spin_megatron.plan.precision import PrecisionName
 from spin_megatron.plan.shape import ModelShape, model_folder
-from spin_megatron.run.manifest import MANIFEST_NAME, installed_versions, is_disk_full, write_text
+from spin_megatron.run.manifest import installed_versions, is_disk_full, write_text
 from spin_megatron.run.records import ReferenceScore, SpinPair, read_rows
 from spin_megatron.stages.context import StageContext, StageOutput
 
@@ -49,11 +50,10 @@ def _take_base_model(context: StageContext, folder: Path) -> dict[str, Any]:
     if model_folder(source) != source:
         torch_dist_to_hf(source, None, folder, show=context.show)
         return {"source": str(source), "family": shape.family}
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        # The source may be a theta of another run: its manifest vouches for that run's stage, not for this one.
-        if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST_NAME:
-            (folder / path.name).symlink_to(path.resolve())
+    for path in model_files(source):
+        link = folder / path.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
     return {"source": str(source), "family": shape.family}
 
 
@@ -72,7 +72,7 @@ def check_folder(folder: Path) -> ModelShape:
 
 
 def base_folder(address: str, revision: str | None) -> Path:
-    """The local folder of the base model; a hub name is downloaded at its pinned revision, safetensors only.
+    """The local folder of the base model; a hub name is downloaded at its pinned revision: safetensors, and no second copy of them.
 
     Raises:
         ValueError: the hub has no such model or revision, or cannot be reached.
@@ -81,9 +81,9 @@ def base_folder(address: str, revision: str | None) -> Path:
         return Path(address)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    wanted, unwanted = ["config.json", INDEX_NAME, "*.safetensors", *CARRIED_FILES], ["consolidated*", "*/*.safetensors"]
     try:
-        return Path(snapshot_download(address, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(address, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except (OSError, ValueError) as error:  # no such name or commit, no access, no network
         if is_disk_full(error):
             raise

@@ -1,12 +1,12 @@
 """export of theta_0: links to the base model, and nothing of another run's bookkeeping."""
 
 import errno
-from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -89,12 +89,37 @@ def test_a_base_model_that_lacks_a_weight_file_is_refused_by_name(tmp_path: Path
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def test_a_hub_model_is_fetched_at_its_commit_without_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+IN_A_MODEL = (
+    *("config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+    *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE", "NOTICE.md"),
+    "additional_chat_templates/tool_use.jinja",
+)
+BESIDE_A_MODEL = (
+    *("pytorch_model.bin", "modeling.py", "README.md", ".gitattributes", "consolidated.safetensors", "original/consolidated.00.pth"),
+    *("onnx/model.onnx", "original/model.safetensors"),
+)
+
+
+def test_theta_0_is_the_model_s_own_files_and_nothing_else_that_lies_there(tmp_path: Path) -> None:
+    config = load_config(make_tiny_run(tmp_path))
+    for name in (*BESIDE_A_MODEL, "LICENSE", "additional_chat_templates/tool_use.jinja"):
+        write_text(tmp_path / "model" / name, name)
+    layout = RunLayout(tmp_path / "run")
+    assert execute(config, layout, StageRef("export", 0), rank=0, stop_requested=lambda: False)
+    made = {str(path.relative_to(layout.theta(0))) for path in layout.theta(0).rglob("*") if path.is_file()}
+    expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "MANIFEST.json"}
+    assert made == expected | {"chat_template.jinja", "LICENSE", "additional_chat_templates/tool_use.jinja"}
+
+
+def test_a_hub_model_is_fetched_at_its_commit_without_pickles_and_second_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict = {}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.update(options, name=name) or str(tmp_path))
     assert base_folder("org/model", COMMIT) == tmp_path
     assert (asked["name"], asked["revision"]) == ("org/model", COMMIT)
-    assert not any(fnmatch(name, pattern) for name in ("pytorch_model.bin", "modeling.py") for pattern in asked["allow_patterns"])
+    chosen = filter_repo_objects(
+        [*IN_A_MODEL, *BESIDE_A_MODEL], allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert tuple(chosen) == IN_A_MODEL
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("Cannot find the requested files.\nmore"), ValueError("Revision Not Found")])
