@@ -298,7 +298,7 @@ def examine_machine(folder: Path) -> Iterator[Finding]:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free_gib = shutil.disk_usage(existing).free / GIB
     low = free_gib < LOW_DISK_GIB
-    advice = "a checkpoint takes 12 to 18 bytes a parameter, each theta 2 or 4" if low else ""
+    advice = "a checkpoint takes 8 to 14 bytes a parameter; each theta 2 or 4, and as much in its train stage" if low else ""
     yield Finding(f"disk of {folder}", "warning" if low else "ok", f"{free_gib:.1f} GiB free", advice)
 
 
