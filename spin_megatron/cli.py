@@ -7,7 +7,6 @@ import argparse
 import gc
 import importlib
 import logging
-import math
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from spin_megatron import __version__
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher, end_with_parent, stop_signals
 from spin_megatron.run.manifest import StageIncomplete, StaleStage, is_disk_full
+from spin_megatron.run.option_types import positive
 
 DEFECT = 1
 _STAGE_VERBS = {
@@ -75,7 +75,7 @@ def build_parser(called: str | None = None) -> argparse.ArgumentParser:
     status = verbs.add_parser("status", help="show what is done, running and missing")
     status.add_argument("run_dir", type=Path, help="the folder of a started run")
     status.add_argument("--json", action="store_true", help="for programs")
-    status.add_argument("--watch", metavar="SECONDS", type=_seconds, nargs="?", const=5.0, help="keep it live till the run is done (5 s)")
+    status.add_argument("--watch", metavar="SECONDS", type=positive, nargs="?", const=5.0, help="keep it live till the run is done (5 s)")
     status.set_defaults(handler=_lazy("spin_megatron.report.status", "command"))
 
     settings = verbs.add_parser("settings", help="print a config with every setting at its default, and what each means")
@@ -125,13 +125,6 @@ def _add_redo(parser: argparse.ArgumentParser) -> None:
 def _add_rank_options(parser: argparse.ArgumentParser) -> None:
     """Options of verbs that run as ranks."""
     parser.add_argument("--log-file", type=Path, help=argparse.SUPPRESS)
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no time to wait")
-    return value
 
 
 def _lazy(module: str, function: str) -> Callable[[argparse.Namespace], int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from spin_megatron.run.manifest import write_json, write_text
+from spin_megatron.run.option_types import count, positive
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +25,13 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     to_megatron = directions.add_parser(
         "hf-to-megatron", help="a Hugging Face folder to a torch_dist checkpoint, which loads at any TP, PP, VPP and EP"
     )
-    _add_folders(to_megatron, "Hugging Face folder: config.json and safetensors", file_size="largest .distcp file (2)")
+    _add_folders(to_megatron, "Hugging Face folder: config.json and safetensors", files=".distcp", file_gigabytes=2)
     to_megatron.set_defaults(handler=hf_to_megatron)
 
     to_huggingface = directions.add_parser(
         "megatron-to-hf", help="the weights of a torch_dist checkpoint, converted or from training, to a Hugging Face folder"
     )
-    _add_folders(to_huggingface, "torch_dist folder: holds metadata.json", file_size="largest safetensors file (5)")
+    _add_folders(to_huggingface, "torch_dist folder: holds metadata.json", files="safetensors", file_gigabytes=5)
     to_huggingface.add_argument("--model", metavar="DIR", type=Path, help="Hugging Face folder it was trained from (default: SRC's own)")
     to_huggingface.add_argument(
         "--dtype",
@@ -49,30 +50,22 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     return parser
 
 
-def _add_folders(parser: argparse.ArgumentParser, source: str, *, file_size: str) -> None:
+def _add_folders(parser: argparse.ArgumentParser, source: str, *, files: str, file_gigabytes: float) -> None:
     """Options of both directions."""
     parser.add_argument("source", metavar="SRC", type=Path, help=source)
     parser.add_argument("destination", metavar="DST", type=Path, help="a new folder; an interrupted conversion goes on in it")
-    parser.add_argument("--file-size", metavar="GB", type=_gigabytes, help=file_size)
-    parser.add_argument("--workers", type=int, help="files written at once (up to 4, by the cores)")
+    parser.add_argument("--file-size", metavar="GB", type=positive, default=file_gigabytes, help=f"largest {files} file (%(default)g)")
+    parser.add_argument("--workers", type=count, help="files written at once (up to 4, by the cores)")
     parser.add_argument("--verify", action="store_true", help=f"read both sides again, compare every tensor, write DST/{DIGESTS_NAME}")
     parser.add_argument("--probe", action="store_true", help="compare the logits of both sides on a few tokens; loads both models, fp32")
 
 
-def _gigabytes(text: str) -> int:
-    """A file size given in GB, in bytes."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
-    return round(value * 1e9)
-
-
 def hf_to_megatron(arguments: argparse.Namespace) -> int:
     """Handle `convert hf-to-megatron`."""
-    from spin_megatron.convert.torch_dist import TORCH_DIST_FILE_BYTES, hf_to_torch_dist
+    from spin_megatron.convert.torch_dist import hf_to_torch_dist
 
     source, destination = arguments.source, arguments.destination
-    hf_to_torch_dist(source, destination, max_file_bytes=arguments.file_size or TORCH_DIST_FILE_BYTES, workers=arguments.workers)
+    hf_to_torch_dist(source, destination, max_file_bytes=round(arguments.file_size * 1e9), workers=arguments.workers)
     logger.info("%s is a torch_dist checkpoint of %s", destination, source)
     _check_result(arguments, _Sides(source, destination))
     return DONE
@@ -81,7 +74,7 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
 def megatron_to_hf(arguments: argparse.Namespace) -> int:
     """Handle `convert megatron-to-hf`."""
     from spin_megatron.convert.hf_io import model_card
-    from spin_megatron.convert.torch_dist import HUGGINGFACE_FILE_BYTES, torch_dist_to_hf
+    from spin_megatron.convert.torch_dist import torch_dist_to_hf
 
     source, destination = arguments.source, arguments.destination
     torch_dist_to_hf(
@@ -89,7 +82,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
         arguments.model,
         destination,
         dtype=arguments.dtype,
-        max_file_bytes=arguments.file_size or HUGGINGFACE_FILE_BYTES,
+        max_file_bytes=round(arguments.file_size * 1e9),
         workers=arguments.workers,
         trust=arguments.trust,
     )

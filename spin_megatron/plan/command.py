@@ -18,6 +18,7 @@ from spin_megatron.plan.layouts import Candidate, Question, Refusal, Search, by_
 from spin_megatron.plan.memory import RankMemory, Recompute, TrainSettings, all_ranks
 from spin_megatron.plan.precision import PRECISIONS, PrecisionName, check_capability, check_precision
 from spin_megatron.plan.shape import ModelShape
+from spin_megatron.run.option_types import count, positive
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +65,22 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the verb's options to the command line."""
     parser: argparse.ArgumentParser = subparsers.add_parser("plan", help="which layouts fit on N GPUs, how fast, and what the run costs")
     parser.add_argument("config", type=Path, help="a config file")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of training")
+    parser.add_argument("--gpus", type=count, required=True, metavar="N", help="GPUs of training")
     parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (default: %(default)s)")
     parser.add_argument("--model-config", type=Path, metavar="JSON", help="a config.json, when model.path is not on this machine")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: train.precision")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), help="only this mode; default: the fastest that fits")
-    parser.add_argument("--examples", type=int, metavar="N", help="default: data.num_examples, or 50000")
-    parser.add_argument("--prompt-tokens", type=float, metavar="MEAN", help=f"default: {DEFAULT_PROMPT_TOKENS}, or the cap if that is less")
-    parser.add_argument("--answer-tokens", type=float, metavar="MEAN", help=f"default: {DEFAULT_ANSWER_TOKENS}, or the cap if that is less")
-    parser.add_argument("--generated-tokens", type=float, metavar="MEAN", help="default: as --answer-tokens")
-    parser.add_argument("--read-gb", type=float, default=5.0, metavar="GB/s", help="what the storage reads in all (%(default)g)")
-    parser.add_argument("--write-gb", type=float, default=2.0, metavar="GB/s", help="what it writes (%(default)g)")
-    parser.add_argument("--top", type=int, default=10, metavar="K", help="layouts shown (%(default)d)")
+    parser.add_argument("--examples", type=count, metavar="N", help="default: data.num_examples, or 50000")
+    parser.add_argument(
+        "--prompt-tokens", type=positive, metavar="MEAN", help=f"default: {DEFAULT_PROMPT_TOKENS}, or the cap if that is less"
+    )
+    parser.add_argument(
+        "--answer-tokens", type=positive, metavar="MEAN", help=f"default: {DEFAULT_ANSWER_TOKENS}, or the cap if that is less"
+    )
+    parser.add_argument("--generated-tokens", type=positive, metavar="MEAN", help="default: as --answer-tokens")
+    parser.add_argument("--read-gb", type=positive, default=5.0, metavar="GB/s", help="what the storage reads in all (%(default)g)")
+    parser.add_argument("--write-gb", type=positive, default=2.0, metavar="GB/s", help="what it writes (%(default)g)")
+    parser.add_argument("--top", type=count, default=10, metavar="K", help="layouts shown (%(default)d)")
     parser.add_argument("--refused", action="store_true", help="show every refused layout with its reason")
     parser.add_argument("--json", action="store_true", help="for programs: everything, as JSON")
     parser.add_argument("--set", dest="overrides", metavar="SECTION.KEY=VALUE", action="append", default=[], help="override one setting")
@@ -148,8 +153,8 @@ def lengths_of(config: RunConfig, arguments: argparse.Namespace) -> Lengths:
         ("--answer-tokens", lengths.real_tokens, config.data.max_response_tokens, "data.max_response_tokens"),
         ("--generated-tokens", lengths.generated_tokens, config.data.max_response_tokens, "data.max_response_tokens"),
     ):
-        if not 0 < mean <= cap:
-            raise ValueError(f"{name} {mean:g} must be positive and at most {field}={cap}; it is a mean, the cap holds for every one.")
+        if mean > cap:
+            raise ValueError(f"{name} {mean:g} must be at most {field}={cap}; it is a mean, the cap holds for every one.")
     return lengths
 
 

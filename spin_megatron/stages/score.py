@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.run.manifest import atomic_path
+from spin_megatron.run.option_types import count
 from spin_megatron.run.telemetry import Advance, progress_bar
 
 if TYPE_CHECKING:
@@ -49,17 +50,10 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model folder")
     parser.add_argument("--pairs", type=Path, required=True, help='JSON lines {"prompt_ids": [...], "response_ids": [...]}')
     parser.add_argument("--out", type=Path, required=True, help="npz file to write: logp_sum, logp_tokens, mask, num_tokens")
-    parser.add_argument("--tensor", type=_num_ranks, default=1, help="tensor-parallel ranks")
-    parser.add_argument("--pipeline", type=_num_ranks, default=1, help="pipeline stages")
+    parser.add_argument("--tensor", type=count, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--pipeline", type=count, default=1, help="pipeline stages")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights; log-probs are fp32")
     return parser
-
-
-def _num_ranks(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -43,10 +43,20 @@ def test_threads_are_those_that_openmp_would_take(text: str, threads: int, monke
     assert cli._threads() == threads
 
 
-@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
-def test_a_pause_that_is_none_is_refused(seconds: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *((f"status RUN --watch {text}", f"argument --watch: '{text}' is no number above 0") for text in ("0", "-1", "nan", "inf", "soon")),
+        ("plan CONFIG --gpus 0", "argument --gpus: '0' is no whole number of at least 1"),
+        ("plan CONFIG --gpus 8 --examples -5", "argument --examples: '-5' is no whole number of at least 1"),
+        ("plan CONFIG --gpus 8 --read-gb 0", "argument --read-gb: '0' is no number above 0"),
+        ("convert hf-to-megatron A B --workers 1.5", "argument --workers: '1.5' is no whole number of at least 1"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused_with_its_option(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["status", str(tmp_path), "--watch", seconds])
+        main(words.split())
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["run"]], ids=["more than a pipe's buffer", "less"])

@@ -106,7 +106,7 @@ def test_bad_input_ends_with_code_2_and_one_line(tmp_path: Path, capsys: pytest.
     assert main(["convert", "inspect", str(tmp_path / "nowhere")]) == 2
     with pytest.raises(SystemExit):
         main(["convert", "hf-to-megatron", "a", "b", "--file-size", "-1"])
-    assert "is not more than 0" in capsys.readouterr().err
+    assert "is no number above 0" in capsys.readouterr().err
 
 
 def test_inspect_says_what_is_there_and_opens_no_pickle(tmp_path: Path) -> None:

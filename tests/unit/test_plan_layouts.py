@@ -263,7 +263,7 @@ def test_the_command_says_which_lengths_it_refuses(tmp_path: Path) -> None:
     config, shape = _write_config(tmp_path)
     with pytest.raises(subprocess.CalledProcessError) as failure:
         _plan([str(config), "--gpus", "8", "--model-config", str(shape), "--prompt-tokens", "900"])
-    assert "--prompt-tokens 900 must be positive and at most data.max_prompt_tokens=512" in failure.value.stderr
+    assert "--prompt-tokens 900 must be at most data.max_prompt_tokens=512" in failure.value.stderr
 
 
 def _write_config(folder: Path) -> tuple[Path, Path]:

@@ -53,7 +53,7 @@ def test_no_rank_at_all_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["score", "--model", "m", "--pairs", "p", "--out", "o", "--tensor", "0"])
     assert caught.value.code == 2
-    assert "argument --tensor: 0 is less than 1" in capsys.readouterr().err
+    assert "argument --tensor: '0' is no whole number of at least 1" in capsys.readouterr().err
 
 
 def test_a_missing_and_an_empty_file_are_named(tmp_path: Path) -> None:
