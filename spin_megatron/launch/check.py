@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
-from spin_megatron.data.sources import FILE_TYPES, is_commit
+from spin_megatron.data.sources import FILE_TYPES, is_commit, open_rows
 from spin_megatron.generation.engine import EXTERNAL, Environment, provider
 from spin_megatron.launch.local import DONE
 from spin_megatron.launch.resources import check_resources
@@ -30,6 +30,7 @@ def check(arguments: argparse.Namespace) -> int:
     check_config(config)
     if config.slurm.stages:
         check_resources(config)
+    check_num_rows(config)
     if Path(config.model.path).is_dir():
         importlib.import_module("spin_megatron.stages.export").check_folder(Path(config.model.path))
     examine_engine(config)
@@ -89,6 +90,24 @@ def check_config(config: RunConfig) -> None:
     check_model(config, shape)
     if config.slurm.gpu is not None:
         check_config_fits(config, config.slurm.gpu)
+
+
+def check_num_rows(config: RunConfig) -> None:
+    """Check that a data source on this machine has rows for both sides of the split; how many of them can be used is found by prepare.
+
+    Raises:
+        ValueError: it has too few, or cannot be read.
+    """
+    data = config.data
+    if not Path(data.source).exists():
+        return
+    found = open_rows(data.source, split=data.split, subset=data.subset, revision=data.revision).num_rows
+    if found < data.num_held_out + (data.num_examples or 1):
+        training = "one training example" if data.num_examples is None else f"data.num_examples={data.num_examples}"
+        raise ValueError(
+            f"data.source={data.source} has {found} rows, too few for data.num_held_out={data.num_held_out} and {training}; lower these "
+            "numbers (a tenth of the rows is a good held-out set), or give more data."
+        )
 
 
 def check_started(config: RunConfig, layout: RunLayout) -> None:

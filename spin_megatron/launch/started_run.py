@@ -13,7 +13,7 @@ from typing import Any
 
 from spin_megatron.config import CHANGEABLE, RunConfig, flat_settings
 from spin_megatron.config_file import apply_override, as_override, load_config, make_absolute, read_frozen, validate_config
-from spin_megatron.launch.check import check_config, check_started
+from spin_megatron.launch.check import check_config, check_num_rows, check_started
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 
@@ -98,6 +98,7 @@ def open_or_start(arguments: argparse.Namespace, *, is_trial: bool = False) -> t
         check_started(config, layout)
         return config, layout
     check_config(config)
+    check_num_rows(config)
     if is_trial:
         return config, layout
     try:

@@ -85,12 +85,24 @@ def test_a_damaged_model_is_refused(
         (["data.max_response_tokens=250", "train.pack_tokens=1024"], "is beyond the model's 256 positions"),
         (["train.epoks=3"], "train.epoks: unknown key"),
         (["slurm.stages.train.nodes=4"], "slurm.stages.train: nodes=4 x ranks_per_node=1 must be 2 (the ranks of [parallel])"),
+        (["data.num_held_out=40"], "has 40 rows, too few for data.num_held_out=40 and one training example"),
+        (["data.num_examples=33"], "has 40 rows, too few for data.num_held_out=8 and data.num_examples=33"),
     ],
 )
 def test_a_wrong_setting_is_refused(changes: list[str], message: str, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [option for change in changes for option in ("--set", change)]
     assert main(["check", str(tiny_run), *options]) == 2
     assert message in errors(capsys)
+
+
+@pytest.mark.parametrize("words", [["run"], ["submit"], ["submit", "--dry-run"]])
+def test_a_split_that_the_data_is_too_small_for_is_refused_before_a_run_is_started(
+    words: list[str], tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    too_large = ["--set", "data.num_held_out=40"]
+    assert main([words[0], str(tiny_run), "--run-dir", str(tmp_path / "run"), *words[1:], *too_large]) == 2
+    assert "conversations.jsonl has 40 rows, too few for data.num_held_out=40" in errors(capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_layout_that_does_not_fit_a_started_run_is_refused_before_anything_runs(
@@ -125,5 +137,5 @@ def test_what_is_in_the_current_folder_alone_is_no_path(
 
 
 def test_a_good_config_and_a_pinned_hub_model_pass(tiny_run: Path) -> None:
-    assert main(["check", str(tiny_run)]) == 0
+    assert main(["check", str(tiny_run), "--set", "data.num_held_out=39"]) == 0  # and one of the 40 rows to train on
     assert main(["check", str(tiny_run), "--set", "model.path=org/model", "--set", f"model.revision={COMMIT}"]) == 0
