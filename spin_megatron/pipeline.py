@@ -33,6 +33,7 @@ LOCK_STALE_SECONDS = 60.0
 MANIFEST_POLL_SECONDS = 0.2
 DIGEST_BAR_MEBIBYTES = 2048  # less is a matter of seconds
 SOURCE_INPUT = "data.source (content)"
+_NAMED_FILES = 3
 
 
 @dataclass(frozen=True)
@@ -118,28 +119,58 @@ def _stamps(config: RunConfig) -> dict[str, str]:
 def state_of(config: RunConfig, layout: RunLayout, ref: StageRef) -> State:
     """done, stale (done from other settings or inputs), ready (may run now) or waiting (for what it needs)."""
     manifest = manifests.read_manifest(folder_of(layout, ref))
+    if manifest is not None:
+        return "stale" if stale_because(config, layout, ref, manifest) else "done"
     try:
-        inputs = inputs_of(config, layout, ref)
+        inputs_of(config, layout, ref)
     except StageIncomplete:
-        return "waiting" if manifest is None else "stale"
-    if manifest is None:
-        return "ready"
-    return "done" if manifest.key == manifests.stage_key(ref.name, settings_of(config, ref), inputs) else "stale"
+        return "waiting"
+    return "ready"
+
+
+def stale_because(config: RunConfig, layout: RunLayout, ref: StageRef, manifest: Manifest) -> list[str]:
+    """What a finished stage was made from and what it would be made from now, a line each difference; none: it is current."""
+    try:
+        return _differences(config, layout, ref, manifest)
+    except StageIncomplete as error:
+        return [str(error)]
+
+
+def _differences(config: RunConfig, layout: RunLayout, ref: StageRef, manifest: Manifest) -> list[str]:
+    settings, inputs = settings_of(config, ref), inputs_of(config, layout, ref)
+    if manifest.key == manifests.stage_key(ref.name, settings, inputs):
+        return []
+    lines = [f"{name}: {change}" for name, change in manifests.difference(manifest.settings, settings).items()]
+    causes = {SOURCE_INPUT: _changed_files(config, manifest)} if ref.name == "prepare" else {}
+    for need in STAGES[ref.name].needs(config, ref.iteration):
+        if (made := manifests.read_manifest(folder_of(layout, need))) is not None:
+            causes[str(need)] = f"made at {made.finished_at}"
+    changes = manifests.difference(manifest.inputs, inputs)
+    return lines + [f"input {name}: {change}" + (f", {causes[name]}" if name in causes else "") for name, change in changes.items()]
+
+
+def _changed_files(config: RunConfig, manifest: Manifest) -> str:
+    """Which files of data.source are younger than what prepare made of it, in words."""
+    source, since = Path(config.data.source), datetime.fromisoformat(manifest.started_at).timestamp()
+    younger = [str(path) for path in manifests.files_of(source) if path.stat().st_mtime > since]
+    more = f" and {len(younger) - _NAMED_FILES} more" if len(younger) > _NAMED_FILES else ""
+    return f"changed since: {', '.join(younger[:_NAMED_FILES])}{more}" if younger else f"files of {source} were removed or replaced"
 
 
 def require_current(config: RunConfig, layout: RunLayout, ref: StageRef, manifest: Manifest) -> None:
     """Check that a finished stage was made from these settings and inputs and that its files are still there.
 
     Raises:
-        StaleStage: it was not; the message is the difference, field by field.
+        StageIncomplete: what it was made from is not there any more.
+        StaleStage: it was made from other settings or inputs; the message is the difference, field by field.
         ValueError: a file that its manifest vouches for is missing or changed in size.
     """
-    settings, inputs = settings_of(config, ref), inputs_of(config, layout, ref)
     redo = ref.redo_command(layout)
-    if manifest.key != manifests.stage_key(ref.name, settings, inputs):
-        lines = "\n  ".join(manifests.difference(manifest, settings, inputs))
-        advice = f"Restore them, or move it and what follows aside with: {redo}"
-        raise StaleStage(f"{ref} was finished with other settings or inputs:\n  {lines}\n{advice}")
+    if differences := _differences(config, layout, ref, manifest):
+        lines = "\n  ".join(differences)
+        raise StaleStage(
+            f"{ref} was finished with other settings or inputs:\n  {lines}\nRestore them, or move it and what follows aside with: {redo}"
+        )
     problems = manifests.verify_outputs(folder_of(layout, ref), manifest)
     if problems:
         raise ValueError(f"{ref} is finished, but " + "; ".join(problems) + f". Restore the file, or make it anew with: {redo}")

@@ -21,7 +21,7 @@ from rich.text import Text
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.failures import last_logged_error, read_failures, slurms_reason, stop_reason, submission_name
 from spin_megatron.launch.slurm import ADVANCE, SubmittedJob, active_jobs, read_jobs
-from spin_megatron.pipeline import early_stop, is_running, missing_stages, state_of
+from spin_megatron.pipeline import early_stop, is_running, missing_stages, stale_because, state_of
 from spin_megatron.report.overview import benchmarks, warnings
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import plain, read_manifest
@@ -94,7 +94,7 @@ def read_queue(layout: RunLayout) -> Queue:
 
 
 def stage_rows(config: RunConfig, layout: RunLayout, queue: Queue | None = None) -> list[dict[str, Any]]:
-    """One row a stage: name, iteration, shard, state, jobs, attempts, last error, when it finished, its summary."""
+    """One row a stage: name, iteration, shard, state, why it is stale, jobs, attempts, last error, when it finished, its summary."""
     queue = queue or Queue()
     failures = read_failures(layout)
     rows, stop = [], early_stop(config, layout)
@@ -111,6 +111,7 @@ def stage_rows(config: RunConfig, layout: RunLayout, queue: Queue | None = None)
                 "iteration": ref.iteration,
                 "shard": ref.shard,
                 "state": state,
+                "stale_because": stale_because(config, layout, ref, manifest) if manifest and state == "stale" else [],
                 "jobs": _elements(ref, queue),
                 "attempts": sum(1 for _ in logs.glob("attempt_*")),
                 "failures_in_a_row": 0 if manifest else failures[str(ref)].in_a_row,
@@ -141,6 +142,7 @@ def _view(config: RunConfig, layout: RunLayout) -> Group:
     rows = stage_rows(config, layout, queue)
     notes = warnings(config, layout)
     notes += [Text(f"{_name(row)}: {_times(row)}, last error: {row['last_error']}", style="yellow") for row in rows if row["last_error"]]
+    notes += [_stale_note(layout, row) for row in rows if row["stale_because"]]
     ids = {job.job_id for job in queue.jobs if job.link == ADVANCE}
     waiting = [f"{name} {state}" for name, state in queue.states.items() if name.partition("_")[0] in ids]
     if waiting:
@@ -175,6 +177,11 @@ def _answer_bars(config: RunConfig, layout: RunLayout, rows: Sequence[dict[str, 
 
 def _name(row: Mapping[str, Any]) -> str:
     return str(StageRef(row["stage"], row["iteration"], row["shard"]))
+
+
+def _stale_note(layout: RunLayout, row: Mapping[str, Any]) -> Text:
+    redo = StageRef(row["stage"], row["iteration"], row["shard"]).redo_command(layout)
+    return Text(f"{_name(row)} is stale: {'; '.join(row['stale_because'])}. Restore that, or make it anew: {redo}", style="red")
 
 
 def _times(row: Mapping[str, Any]) -> str:

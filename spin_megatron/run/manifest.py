@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from typing import Any
 SCHEMA = 1
 MANIFEST_NAME = "MANIFEST.json"
 MEBIBYTE = 1 << 20
+_DIGEST = re.compile('"[0-9a-f]{64}"')
+_SHOWN_CHARACTERS = 60
 _RECORDED_PACKAGES = (
     "spin-megatron",
     "torch",
@@ -164,17 +167,20 @@ def digest_tree(path: Path) -> str:
     """Digest of a file's content, or of a folder's file names and contents; hidden files and folders, such as .git, do not count."""
     if path.is_file():
         return _digest_unchanged_file(path, *_size_and_time(path))
-    return digest_values([(str(file.relative_to(path)), digest_tree(file)) for file in _files_of(path)])
+    return digest_values([(str(file.relative_to(path)), digest_tree(file)) for file in files_of(path)])
 
 
 def stamp_tree(path: Path) -> str:
     """Digest of the names, sizes and times of change of the files that `digest_tree` reads: it reads none of them."""
-    return digest_values([(str(file.relative_to(path)), *_size_and_time(file)) for file in ([path] if path.is_file() else _files_of(path))])
+    return digest_values([(str(file.relative_to(path)), *_size_and_time(file)) for file in files_of(path)])
 
 
-def _files_of(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    return [path for path in found if path.is_file()]
+def files_of(path: Path) -> list[Path]:
+    """The files that `digest_tree` reads: this one, or those of this folder."""
+    if path.is_file():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts))
+    return [file for file in found if file.is_file()]
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
@@ -271,11 +277,20 @@ def verify_outputs(folder: Path, manifest: Manifest, *, digests: bool = False) -
     return problems
 
 
-def difference(manifest: Manifest, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
-    """Lines "field: then -> now" for every setting and input that differs from what the manifest records."""
-    lines = []
-    for name, then, now in (("", manifest.settings, settings), ("input ", manifest.inputs, inputs)):
-        for field_name in sorted({*then, *now}):
-            if then.get(field_name) != now.get(field_name):
-                lines.append(f"{name}{field_name}: {then.get(field_name)!r} -> {now.get(field_name)!r}")
-    return lines
+def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> "then -> now", shortened, of every setting (or input) that a manifest records and that is another one now."""
+    before, after = ({name: _as_hashed(value) for name, value in values.items()} for values in (then, now))
+    pairs = {name: (before.get(name, "absent"), after.get(name, "absent")) for name in sorted({*before, *after})}
+    return {name: f"{_shortened(old)} -> {_shortened(new)}" for name, (old, new) in pairs.items() if old != new}
+
+
+def _as_hashed(value: Any) -> str:
+    """What a key is made of, but readable: 1 and 1.0 are two values, a list and a tuple one."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _shortened(text: str) -> str:
+    """The beginning of a long text; a digest's is enough, two that differ at all differ there."""
+    if _DIGEST.fullmatch(text):
+        return text[1:13]
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

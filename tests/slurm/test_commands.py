@@ -31,13 +31,14 @@ def finish(layout: RunLayout, *refs: StageRef, config: RunConfig, is_current: bo
     for ref in refs:
         folder = folder_of(layout, ref)
         folder.mkdir(parents=True, exist_ok=True)
+        settings, inputs = (settings_of(config, ref), inputs_of(config, layout, ref)) if is_current else ({}, {})
         manifest = Manifest(
             stage=ref.name,
             iteration=ref.iteration,
             shard=ref.shard,
-            key=stage_key(ref.name, settings_of(config, ref), inputs_of(config, layout, ref)) if is_current else "key",
-            settings={},
-            inputs={},
+            key=stage_key(ref.name, settings, inputs) if is_current else "key",
+            settings=settings,
+            inputs=inputs,
             outputs=(),
             summary=summary or {},
             versions={},

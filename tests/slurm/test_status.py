@@ -118,6 +118,18 @@ def test_the_view_holds_job_ids_errors_and_the_reason_of_a_stop(tmp_path: Path) 
     assert len(line(config)) == len(stage_rows(config, layout))
 
 
+def test_a_stale_stage_says_which_setting_changed_and_how(tmp_path: Path) -> None:
+    config, layout = some_run(tmp_path)
+    other = make_config(generate={"num_shards": 3, "temperature": 0.5})
+    console = Console(width=300, record=True)
+    console.print(status._view(other, layout))
+    text = " ".join(console.export_text().split())
+    assert "generate 0 shard 1 is stale: generate.temperature: 1.0 -> 0.5. Restore that, or make it anew: spin-megatron run" in text
+    assert "--redo generate:0:1" in text
+    assert row_of(stage_rows(other, layout), "generate", 1)["stale_because"] == ["generate.temperature: 1.0 -> 0.5"]
+    assert [row["stale_because"] for row in stage_rows(config, layout) if row["stale_because"]] == []
+
+
 def test_an_iteration_that_is_being_answered_has_a_bar_over_its_shards(tmp_path: Path) -> None:
     config, layout = some_run(tmp_path)
     write_rows(layout.prompts, [PromptRow(f"ex-{i}", (5,), (6,), False) for i in range(9)], PromptRow)

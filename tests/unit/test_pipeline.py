@@ -19,7 +19,7 @@ from spin_megatron import pipeline
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
 from spin_megatron.launch import loop
-from spin_megatron.pipeline import early_stop, execute, missing_stages, newest_theta, redo, require_current, state_of
+from spin_megatron.pipeline import early_stop, execute, missing_stages, newest_theta, redo, require_current, stale_because, state_of
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held
@@ -196,7 +196,7 @@ def test_other_contents_of_an_input_make_what_follows_stale(config: RunConfig, l
     runs_current["content"]["text"] = "other answers"
     do(config, layout, StageRef("generate", 0, 1))
     assert state_of(config, layout, StageRef("merge", 0)) == "stale"
-    with pytest.raises(StaleStage, match=r"input generate 0 shard 1: '[0-9a-f]{64}' -> '[0-9a-f]{64}'"):
+    with pytest.raises(StaleStage, match=r"input generate 0 shard 1: [0-9a-f]{12} -> [0-9a-f]{12}, made at 20\d\d-"):
         do(config, layout, StageRef("merge", 0))
 
 
@@ -216,9 +216,46 @@ def test_an_edited_data_file_makes_prepare_stale(
     write_text(source, "a row")  # written anew with the same content
     do_all(config, layout)
     write_text(source, "a ROW")
-    with pytest.raises(StaleStage, match=r"prepare 0 was finished with other .*\n  input data\.source \(content\): '\w+' -> '\w+'"):
+    with pytest.raises(StaleStage, match=r"prepare 0 was finished with other .*\n  input data\.source \(content\): \w{12} -> \w{12}, "):
         do(config, layout, StageRef("prepare"))
     assert state_of(config, layout, StageRef("prepare")) == "stale"
+
+
+def test_which_files_of_a_data_set_were_changed_is_said(
+    with_local_data: tuple[RunConfig, Path], layout: RunLayout, stage_runs: list[str]
+) -> None:
+    config, source = with_local_data
+    others = [source.with_name(f"{name}.jsonl") for name in ("a", "b", "c", "z")]
+    for path in (source, *others):
+        write_text(path, "a row")
+        os.utime(path, (0, 0))
+    do_all(config, layout)
+    manifest = read_manifest(layout.data)
+    assert manifest is not None
+
+    def changed() -> str:
+        (line,) = stale_because(config, layout, StageRef("prepare"), manifest)
+        return line.partition(", ")[2]
+
+    write_text(others[1], "a ROW")
+    assert changed() == f"changed since: {others[1]}"
+    for path in others:
+        write_text(path, "a ROW")
+    assert changed() == f"changed since: {others[0]}, {others[1]}, {others[2]} and 1 more"
+    for path in others:
+        write_text(path, "a row")
+        os.utime(path, (0, 0))
+    source.unlink()
+    assert changed() == f"files of {source.parent} were removed or replaced"
+
+
+def test_a_finished_stage_says_what_it_lacks_now(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    do_all(config, layout)
+    shutil.rmtree(layout.engine(0))
+    manifest = read_manifest(layout.shard(0, 1))
+    assert manifest is not None
+    (line,) = stale_because(config, layout, StageRef("generate", 0, 1), manifest)
+    assert line.startswith("generate 0 shard 1 needs build-engine 0, which is not complete; run: spin-megatron build-engine")
 
 
 def test_a_data_set_that_was_not_touched_is_not_read_again(

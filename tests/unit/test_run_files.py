@@ -166,12 +166,23 @@ def test_a_manifest_that_was_cut_short_is_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_the_key_depends_on_settings_and_inputs_and_not_on_their_order(tmp_path: Path) -> None:
+def test_the_key_depends_on_settings_and_inputs_and_not_on_their_order() -> None:
     assert stage_key("train", {"a": 1, "b": 2}, {}) == stage_key("train", {"b": 2, "a": 1}, {})
     assert stage_key("train", {"a": 1}, {}) != stage_key("train", {"a": 2}, {})
     assert stage_key("train", {}, {"x": "1"}) != stage_key("merge", {}, {"x": "1"})
-    manifest = make_manifest(tmp_path)
-    assert difference(manifest, {"run.seed": 43}, {"prepare 0": "abd"}) == ["run.seed: 42 -> 43", "input prepare 0: 'abc' -> 'abd'"]
+
+
+def test_a_difference_is_short_and_tells_what_is_absent() -> None:
+    then = {"objective.beta": 0.1, "data.system": "one " * 30, "run.seed": 1, "gone": None, "digest": "a" * 64}
+    now = {"objective.beta": 0.25, "data.system": "two " * 30, "run.seed": 1, "lora.targets": ["qkv"], "digest": "b" * 64}
+    found = difference(then, now)
+    assert found.pop("data.system") == f'"{"one " * 14}one... -> "{"two " * 14}two...'
+    assert found == {
+        "objective.beta": "0.1 -> 0.25",
+        "digest": "aaaaaaaaaaaa -> bbbbbbbbbbbb",
+        "gone": "null -> absent",
+        "lora.targets": 'absent -> ["qkv"]',
+    }
 
 
 def test_the_digest_of_a_tree_is_that_of_its_names_and_contents(tmp_path: Path) -> None:
