@@ -162,6 +162,11 @@ class RunLayout:
         """TensorBoard events of an iteration's updates: a run of its own, since each iteration counts steps from 0."""
         return self.tensorboard / f"iter_{iteration}"
 
+    @property
+    def held_out_events(self) -> Path:
+        """TensorBoard events of the evaluations, a point an iteration."""
+        return self.tensorboard / "held_out"
+
     def evaluate(self, iteration: int) -> Path:
         return self.iteration(iteration) / "evaluate"
 

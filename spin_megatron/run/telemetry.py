@@ -130,6 +130,30 @@ def _log_lines(description: str, total: int, done: int) -> Advance:
     return advance
 
 
+class EventWriter:
+    """TensorBoard events of one folder, a curve a name. Opening drops what earlier files there say of `first_step` and later."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
+
+        self._writer = EventFileWriter(str(folder))
+        session = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=session))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the numbers of one step."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class MetricsWriter:
     """Appends one JSON object a step to metrics.jsonl (flushed each step) and the same numbers to TensorBoard.
 
@@ -137,29 +161,18 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, tensorboard: Path, *, resume_step: int = 0) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
-
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             write_text(path, "".join(_line(row) for row in read_metrics(path) if row["step"] < resume_step))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self._events = EventFileWriter(str(tensorboard))
-        # TensorBoard drops what earlier files say of steps from here on (SessionLog.START semantics): of all, where nothing was saved.
-        session = SessionLog(status=SessionLog.START)
-        self._events.add_event(Event(wall_time=time.time(), step=resume_step, session_log=session))
+        self._events = EventWriter(tensorboard, first_step=resume_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record the numbers of one step; NaN and infinities are kept as the strings JSON has no number for."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-
         self._file.write(_line({"step": step, "time": time.time(), **values}))
         self._file.flush()
         os.fsync(self._file.fileno())
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
-        self._events.flush()
+        self._events.write(step, values)
 
     def close(self) -> None:
         self._file.close()

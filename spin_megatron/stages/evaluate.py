@@ -14,6 +14,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from spin_megatron.objective.spin_loss import LossName, mean_metrics, metrics_ve
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.manifest import write_json
 from spin_megatron.run.records import ReferenceScore, read_rows
-from spin_megatron.run.telemetry import progress_bar
+from spin_megatron.run.telemetry import EventWriter, progress_bar
 from spin_megatron.stages.context import StageContext, StageOutput
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ def run(context: StageContext) -> StageOutput:
         logger.warning("theta_%d: %s", t + 1, warning)
     result: dict[str, Any] = {"theta": t + 1, "objective": objective.loss, "beta": beta, **metrics, "warnings": warnings}
     write_json(layout.evaluation(t), result)
+    with closing(EventWriter(layout.held_out_events, first_step=t)) as events:
+        events.write(t, metrics)
     return StageOutput(files={layout.evaluation(t): None}, summary=result)
 
 

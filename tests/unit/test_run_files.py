@@ -46,7 +46,7 @@ from spin_megatron.run.records import (
     read_rows,
     write_rows,
 )
-from spin_megatron.run.telemetry import MetricsWriter, configure_logging
+from spin_megatron.run.telemetry import EventWriter, MetricsWriter, configure_logging
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -247,6 +247,17 @@ def test_tensorboard_shows_the_resumed_values_once(resumed_at: int, tmp_path: Pa
     events.Reload()
     expected = [(0, 1.0), (1, 20.0), (2, 30.0)] if resumed_at else [(0, 20.0), (1, 30.0)]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+
+
+def test_tensorboard_shows_each_iteration_s_evaluation_once_and_a_repeated_one_anew(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for iteration, accuracy in ((0, 0.75), (1, 0.5), (1, 0.25)):
+        writer = EventWriter(tmp_path, first_step=iteration)
+        writer.write(iteration, {"accuracy": accuracy, "loss": float("nan")})
+        writer.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("accuracy")] == [(0, 0.75), (1, 0.25)]
 
 
 @contextmanager
