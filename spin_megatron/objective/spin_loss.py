@@ -111,7 +111,8 @@ def spin_loss(
     logp_P2, reference_P2: fp32 (fp64 in tests) log-prob sums in nats, columns (real, generated); gradient flows into logp_P2 only.
     divisor: what one optimizer step's pairs are divided by, the same for each of its micro-batches and ranks, so that their
         gradients simply add up (a mean per micro-batch would weigh pairs by how they were packed).
-    lengths_P2: response tokens of each sequence; needed by length_normalised (log-ratios per token) and by nll_weight.
+    lengths_P2: response tokens of each sequence; needed by length_normalised (log-ratios per token) and by nll_weight. Without, the
+        metric nll is NaN.
     nll_weight: adds -log p(y|x) / |y|, the per-token negative log-likelihood of the human answer.
     P = 0 (a pack of padding) gives exactly 0, still connected to the graph so that backward runs its collectives on every rank.
     No collectives. Raises ValueError for an unknown loss, a divisor that is not positive, or missing lengths.
@@ -125,11 +126,11 @@ def spin_loss(
     reference_P2 = reference_P2.detach()  # the opponent is a constant: caching it must not differ from recomputing it
     ratio_P2, margin_P = spin_margins(logp_P2, reference_P2, lengths_P2=lengths_P2, length_normalised=length_normalised)
     spin_P = LOSSES[loss](beta * margin_P)
-    total_P = spin_P
-    nll_P = torch.zeros_like(spin_P)
-    if nll_weight != 0.0:
+    if lengths_P2 is None and nll_weight == 0.0:
+        nll_P = torch.full_like(spin_P, torch.nan)
+    else:
         nll_P = -logp_P2[:, 0] / _token_counts(lengths_P2, logp_P2)[:, 0]
-        total_P = spin_P + nll_weight * nll_P
+    total_P = spin_P + nll_weight * nll_P if nll_weight != 0.0 else spin_P
     per_pair = {
         "num_pairs": torch.ones_like(spin_P),
         "loss": total_P,

@@ -59,12 +59,12 @@ def test_the_gradient_is_beta_times_the_slope_with_opposite_signs(loss, slopes):
 
 
 def test_metrics_are_the_hand_computed_sums():
-    metrics = {name: value.item() for name, value in _loss("hinge")[1].metrics.items()}
+    metrics = {name: value.item() for name, value in _loss("hinge", lengths_P2=LENGTHS)[1].metrics.items()}
+    assert metrics.pop("nll") == pytest.approx(10 / 4 + 31 / 5, rel=1e-6)  # also where it is no part of the loss
     assert metrics == {
         "num_pairs": 2.0,
         "loss": 2.0,  # hinge 0 + 2: the sum, without the divisor
         "spin_loss": 2.0,
-        "nll": 0.0,
         "margin": 1.0,  # 3 - 2
         "margin_abs": 5.0,
         "accuracy": 1.0,  # one of the two margins is positive
@@ -73,6 +73,12 @@ def test_metrics_are_the_hand_computed_sums():
         "logp_real": -41.0,
         "logp_generated": -60.0,
     }
+
+
+def test_the_nll_of_answers_of_unknown_length_is_unknown_and_no_part_of_the_loss():
+    output = _loss("hinge")[1]
+    assert math.isnan(output.metrics["nll"])
+    assert output.loss.item() == output.metrics["loss"].item() / 2 == 1.0
 
 
 def test_swapping_real_and_generated_flips_the_margin():
@@ -90,12 +96,12 @@ def test_equal_policy_and_reference_give_exactly_zero_margins_and_the_loss_at_ze
 
 
 def test_micro_batches_of_any_size_add_up_to_the_whole_batch():
-    whole, whole_output = _loss(divisor=2)
+    whole, whole_output = _loss(divisor=2, lengths_P2=LENGTHS)
     whole_output.loss.backward()
     totals_K = torch.zeros(len(METRIC_NAMES), dtype=torch.float64)
     loss, gradients = 0.0, []
     for part in (slice(0, 1), slice(1, 1), slice(1, 2)):  # one pair, an empty pack, one pair
-        logp_P2, output = _loss(logp=LOGP[part], reference=REFERENCE[part], divisor=2)
+        logp_P2, output = _loss(logp=LOGP[part], reference=REFERENCE[part], divisor=2, lengths_P2=LENGTHS[part])
         output.loss.backward()
         loss += output.loss.item()
         gradients.append(logp_P2.grad)
@@ -138,7 +144,7 @@ def test_the_nll_term_adds_the_per_token_loss_of_the_human_answer_only():
 
 
 def test_metrics_survive_the_loss_being_divided_in_place():
-    output = _loss(logp=LOGP[:1], reference=REFERENCE[:1], divisor=1)[1]
+    output = _loss(logp=LOGP[:1], reference=REFERENCE[:1], divisor=1, lengths_P2=LENGTHS[:1])[1]
     before = {name: value.item() for name, value in output.metrics.items()}
     with torch.no_grad():
         output.loss.div_(8)  # what Megatron Core's schedules do
