@@ -216,13 +216,14 @@ def _kept(chunk: SpinModel, num_tokens: int, num_rows: int = 0) -> int:
 
     rows_R = torch.zeros(num_rows, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        chunk.train()(
+        logp_R = chunk.train()(
             torch.zeros(1, num_tokens, dtype=torch.int64),
             torch.arange(num_tokens)[None],
             torch.tensor([[0, 0, 0, num_tokens]]),
             rows_R,
             rows_R,
         )
+    held += logp_R.grad_fn.kept.values()  # logits, which the head's node holds itself
     return sum(num_bytes for address, num_bytes in _storages(held).items() if address not in own)
 
 
