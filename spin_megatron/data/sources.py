@@ -195,14 +195,14 @@ def _dataset_rows(dataset: Iterable[Row], name: str) -> Iterator[tuple[str, Row]
 
 
 def _open_file(path: Path) -> tuple[int, Iterator[tuple[str, Row]]]:
-    """The number of a file's rows (lines, for JSON lines) and the rows."""
+    """The number of a file's rows and the rows."""
     if path.suffix == ".parquet":
         return int(_open_parquet(path).metadata.num_rows), _read_parquet(path)
-    if path.suffix == ".json" and _starts_array(path):
+    if _starts_array(path):  # whatever its name: JSON lines hold no arrays
         rows = _json_array(path)
         return len(rows), _array_rows(path, rows)
     with open(path, "rb") as handle:
-        return sum(1 for _ in handle), _read_json_lines(path)
+        return sum(1 for line in handle if not line.isspace()), _read_json_lines(path)
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -219,7 +219,9 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object.") from error
+                raise ValueError(
+                    f"{where}: not JSON ({error.msg} at column {error.colno}); a file holds one JSON object a line, or one list of objects."
+                ) from error
             yield where, _as_row(row, where)
 
 

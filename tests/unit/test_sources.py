@@ -37,9 +37,11 @@ def prompts(examples: list[SftExample]) -> list[str]:
 
 def test_jsonl_json_and_parquet_files_give_the_same_examples(tmp_path: Path) -> None:
     rows = [qa(number) for number in range(3)]
-    (tmp_path / "array.json").write_text("\n " + json.dumps(rows, indent=1), encoding="utf-8")
+    arrays = [tmp_path / "array.json", tmp_path / "array.jsonl"]
+    for path in arrays:
+        path.write_text("\n " + json.dumps(rows, indent=1), encoding="utf-8")
     paths = [write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.json", rows), write_parquet(tmp_path / "c.parquet", rows)]
-    loaded = [load_examples(str(path)) for path in [*paths, tmp_path / "array.json"]]
+    loaded = [load_examples(str(path)) for path in [*paths, *arrays]]
     for examples in loaded:
         assert [(example.example_id, example.messages) for example in examples] == [
             (example.example_id, example.messages) for example in loaded[0]
@@ -53,6 +55,7 @@ def test_rows_are_counted_whatever_the_line_breaks_of_a_file(tmp_path: Path) -> 
     rows = [qa(number) for number in range(3)]
     (tmp_path / "array.json").write_text(json.dumps(rows), encoding="utf-8")
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "apart.jsonl").write_text("\n\r\n" + "\r\n  \n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8", newline="")
     for path in tmp_path.iterdir():
         assert open_rows(str(path), split="train", subset=None, revision=None).num_rows == 3
 
