@@ -102,11 +102,12 @@ def check_num_rows(config: RunConfig) -> None:
     if not Path(data.source).exists():
         return
     found = open_rows(data.source, split=data.split, subset=data.subset, revision=data.revision).num_rows
-    if found < data.num_held_out + (data.num_examples or 1):
+    wanted = data.num_held_out + (data.num_examples or 1)
+    if found < wanted:
         training = "one training example" if data.num_examples is None else f"data.num_examples={data.num_examples}"
         raise ValueError(
-            f"data.source={data.source} has {found} rows, too few for data.num_held_out={data.num_held_out} and {training}; lower these "
-            "numbers (a tenth of the rows is a good held-out set), or give more data."
+            f"data.source={data.source} has too few rows, {found} of {wanted} for data.num_held_out={data.num_held_out} and {training}; "
+            "lower these numbers (a tenth of the rows is a good held-out set), or give more data."
         )
 
 

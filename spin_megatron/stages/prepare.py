@@ -57,22 +57,28 @@ def preview(config: RunConfig) -> tuple[str, str]:
     """Prompt and human answer of the source's first usable example, as text, by a local base model's own template.
 
     Raises:
-        ValueError: a row breaks, the tokenizer has no chat template or is another model's, or none of the first rows can be used.
+        ValueError: a row breaks, the tokenizer has no chat template or is another model's, none of the first rows can be used, or too few
+            of a small set.
     """
     data, folder = config.data, model_folder(Path(config.model.path))
     examples = _load(data, limit=_BATCH_EXAMPLES)
     renderer = Renderer(folder, eos_ids=eos_token_ids(folder), system=data.system)
     limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.over_long)
-    outcomes = renderer.render(clean(examples, deduplicate=data.deduplicate).examples, limits)
-    for outcome in outcomes:
-        if outcome.row is not None:
-            _require_vocabulary([outcome.row], folder)
-            return renderer.decode(outcome.row.prompt_ids), renderer.decode(outcome.row.real_ids)
-    remarks = sorted({remark for outcome in outcomes for remark in outcome.remarks})
-    raise ValueError(
-        f"none of the first {len(examples)} rows of data.source={data.source} can be used ({', '.join(remarks) or 'all are empty'}); raise "
-        "data.max_prompt_tokens and data.max_response_tokens, or look at the rows."
-    )
+    cleaned = clean(examples, deduplicate=data.deduplicate).examples
+    outcomes = renderer.render(cleaned, limits)
+    shown = next((outcome.row for outcome in outcomes if outcome.row is not None), None)
+    if shown is None:
+        remarks = sorted({remark for outcome in outcomes for remark in outcome.remarks})
+        raise ValueError(
+            f"none of the first {len(examples)} rows of data.source={data.source} can be used ({', '.join(remarks) or 'all are empty'}); "
+            "raise data.max_prompt_tokens and data.max_response_tokens, or look at the rows."
+        )
+    if len(examples) < _BATCH_EXAMPLES:  # that is all there are: whether enough can be used is known now
+        outcome_of = {example.example_id: outcome for example, outcome in zip(cleaned, outcomes, strict=True)}
+        ordered = in_split_order(cleaned, config.run.seed)
+        select((outcome_of[example.example_id] for example in ordered), num_held_out=data.num_held_out, num_examples=data.num_examples)
+    _require_vocabulary([shown], folder)
+    return renderer.decode(shown.prompt_ids), renderer.decode(shown.real_ids)
 
 
 def _require_vocabulary(rows: Sequence[PromptRow], folder: Path) -> None:

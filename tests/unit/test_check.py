@@ -85,8 +85,8 @@ def test_a_damaged_model_is_refused(
         (["data.max_response_tokens=250", "train.pack_tokens=1024"], "is beyond the model's 256 positions"),
         (["train.epoks=3"], "train.epoks: unknown key"),
         (["slurm.stages.train.nodes=4"], "slurm.stages.train: nodes=4 x ranks_per_node=1 must be 2 (the ranks of [parallel])"),
-        (["data.num_held_out=40"], "has 40 rows, too few for data.num_held_out=40 and one training example"),
-        (["data.num_examples=33"], "has 40 rows, too few for data.num_held_out=8 and data.num_examples=33"),
+        (["data.num_held_out=40"], "has too few rows, 40 of 41 for data.num_held_out=40 and one training example"),
+        (["data.num_examples=33"], "has too few rows, 40 of 41 for data.num_held_out=8 and data.num_examples=33"),
     ],
 )
 def test_a_wrong_setting_is_refused(changes: list[str], message: str, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +101,7 @@ def test_a_split_that_the_data_is_too_small_for_is_refused_before_a_run_is_start
 ) -> None:
     too_large = ["--set", "data.num_held_out=40"]
     assert main([words[0], str(tiny_run), "--run-dir", str(tmp_path / "run"), *words[1:], *too_large]) == 2
-    assert "conversations.jsonl has 40 rows, too few for data.num_held_out=40" in errors(capsys)
+    assert "conversations.jsonl has too few rows, 40 of 41 for data.num_held_out=40" in errors(capsys)
     assert not (tmp_path / "run").exists()
 
 

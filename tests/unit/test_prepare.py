@@ -75,6 +75,21 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_is_generated(tm
         prepare.preview(config)
 
 
+@pytest.mark.parametrize(("num_usable", "is_enough"), [(5, False), (6, True)])  # five held out, one to train on
+def test_a_small_set_with_too_few_usable_rows_is_refused_before_a_run_as_in_it(num_usable: int, is_enough: bool, tmp_path: Path) -> None:
+    rows = [*TROUBLE[:1] * 9, *TROUBLE[3:], *(plain(100 + number) for number in range(num_usable - 1))]
+    context = make_context(tmp_path / "run", write_source(tmp_path / "data.jsonl", rows))
+    config = context.config.model_copy(update={"model": context.config.model.model_copy(update={"path": str(context.layout.theta(0))})})
+    if is_enough:
+        assert prepare.preview(config)[1] == "answer 3<|im_end|>"
+        assert len(prepared(context)[0]) == 1
+        return
+    message = r"too few usable examples for data\.num_held_out=5 and one .* 5 could be held out and 0 trained on"
+    for refuse in (lambda: prepare.preview(config), lambda: prepare.run(context)):
+        with pytest.raises(ValueError, match=message):
+            refuse()
+
+
 def test_every_row_of_the_source_is_accounted_for(tmp_path: Path) -> None:
     source = write_source(tmp_path / "data.jsonl", [*map(plain, range(40)), *TROUBLE])
     train, held_out, report = prepared(make_context(tmp_path / "run", source))
