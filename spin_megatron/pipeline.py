@@ -141,11 +141,11 @@ def _differences(config: RunConfig, layout: RunLayout, ref: StageRef, manifest: 
     if manifest.key == manifests.stage_key(ref.name, settings, inputs):
         return []
     lines = [f"{name}: {change}" for name, change in manifests.difference(manifest.settings, settings).items()]
-    causes = {SOURCE_INPUT: _changed_files(config, manifest)} if ref.name == "prepare" else {}
+    changes = manifests.difference(manifest.inputs, inputs)
+    causes = {SOURCE_INPUT: _changed_files(config, manifest)} if SOURCE_INPUT in changes else {}
     for need in STAGES[ref.name].needs(config, ref.iteration):
         if (made := manifests.read_manifest(folder_of(layout, need))) is not None:
             causes[str(need)] = f"made at {made.finished_at}"
-    changes = manifests.difference(manifest.inputs, inputs)
     return lines + [f"input {name}: {change}" + (f", {causes[name]}" if name in causes else "") for name, change in changes.items()]
 
 
