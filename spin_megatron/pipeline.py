@@ -78,6 +78,15 @@ def missing_stages(config: RunConfig, layout: RunLayout) -> list[StageRef]:
     return [ref for ref in wanted if manifests.read_manifest(folder_of(layout, ref)) is None]
 
 
+def still_read(config: RunConfig, layout: RunLayout) -> set[StageRef]:
+    """The stages whose files are still of use: those that a missing stage reads, and the newest theta, which is what the run is for.
+
+    The others' may be deleted, all but the manifests: an engine and trained weights are as large as a theta.
+    """
+    needs = (need for ref in missing_stages(config, layout) for need in STAGES[ref.name].needs(config, ref.iteration))
+    return {*needs, StageRef("export", newest_theta(config, layout))}
+
+
 def newest_theta(config: RunConfig, layout: RunLayout) -> int:
     """The number of the theta that the run ends with, as far as is known now."""
     stop = early_stop(config, layout)
@@ -157,8 +166,8 @@ def _changed_files(config: RunConfig, manifest: Manifest) -> str:
     return f"changed since: {', '.join(younger[:_NAMED_FILES])}{more}" if younger else f"files of {source} were removed or replaced"
 
 
-def require_current(config: RunConfig, layout: RunLayout, ref: StageRef, manifest: Manifest) -> None:
-    """Check that a finished stage was made from these settings and inputs and that its files are still there.
+def require_current(config: RunConfig, layout: RunLayout, ref: StageRef, manifest: Manifest, *, needs_files: bool = True) -> None:
+    """Check that a finished stage was made from these settings and inputs and that its files, where they are needed, are still there.
 
     Raises:
         StageIncomplete: what it was made from is not there any more.
@@ -171,7 +180,7 @@ def require_current(config: RunConfig, layout: RunLayout, ref: StageRef, manifes
         raise StaleStage(
             f"{ref} was finished with other settings or inputs:\n  {lines}\nRestore them, or move it and what follows aside with: {redo}"
         )
-    problems = manifests.verify_outputs(folder_of(layout, ref), manifest)
+    problems = manifests.verify_outputs(folder_of(layout, ref), manifest) if needs_files else []
     if problems:
         raise ValueError(f"{ref} is finished, but " + "; ".join(problems) + f". Restore the file, or make it anew with: {redo}")
 

@@ -19,6 +19,7 @@ from spin_megatron import pipeline
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
 from spin_megatron.launch import loop
+from spin_megatron.launch.local import Launcher
 from spin_megatron.pipeline import early_stop, execute, missing_stages, newest_theta, redo, require_current, stale_because, state_of
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
@@ -358,6 +359,27 @@ def test_a_missing_file_of_a_finished_stage_is_named(config: RunConfig, layout: 
     assert manifest is not None
     with pytest.raises(ValueError, match=r"prepare 0 is finished, but .*made\.txt is missing"):
         require_current(config, layout, StageRef("prepare"), manifest)
+
+
+def test_files_that_nothing_has_to_read_any_more_may_be_deleted(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
+    def go_on() -> None:
+        for ref in line(config):
+            if read_manifest(folder_of(layout, ref)) is not None:
+                assert loop._run_group(Launcher(), config, layout, [ref], "") == 0
+
+    do_all(config, layout)
+    newest = StageRef("export", 2)
+    for ref in line(config):
+        if ref != newest:
+            (folder_of(layout, ref) / "made.txt").unlink()
+    go_on()
+    (folder_of(layout, StageRef("evaluate", 1)) / "MANIFEST.json").unlink()  # which reads what train left
+    with pytest.raises(ValueError, match=r"merge 1 is finished, but .*made\.txt is missing.*--redo merge:1"):
+        go_on()
+    do(config, layout, StageRef("evaluate", 1))
+    (folder_of(layout, newest) / "made.txt").unlink()
+    with pytest.raises(ValueError, match=r"export 2 is finished, but .*made\.txt is missing"):
+        go_on()
 
 
 def test_the_manifest_records_versions_and_times(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
