@@ -40,8 +40,8 @@ USABLE_SHARE = 0.96
 _FP8_MATRICES = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 # Flash attention's backward leaves so many rows of its fp32 sums between branches, and rounds heads up to a multiple of so many columns.
 _FLASH_ROWS, _FLASH_COLUMNS = 128, 32
-# objective/logprobs.py makes logits in tiles of 1024 rows x 4096 columns: fp32 logits, their gradient and one temporary.
-HEAD_TILE_BYTES = 3 * 1024 * 4096 * FLOAT32_BYTES
+# objective/logprobs_triton.py makes fp32 logits in tiles, and their gradient in the model's dtype in panels of 8 x 2 tiles.
+_TILE_ROWS, _TILE_COLUMNS, _PANEL_ROWS, _PANEL_COLUMNS = 1024, 4096, 8192, 8192
 
 
 @dataclass(frozen=True)
@@ -305,8 +305,7 @@ def recomputed_share(settings: TrainSettings, layers_per_chunk: float) -> float:
 
 def activation_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> int:
     """Activations of a rank at the peak: what the micro-batches in flight left, and copies that stay through the backward."""
-    element = settings.weight_bytes
-    tokens = settings.pack_tokens / layout.context
+    tokens, element = settings.pack_tokens / layout.context, settings.weight_bytes
     widths = layer_widths(shape, layout, settings)
     in_flight = chunks_in_flight(layout, pipeline_rank, settings.micro_batches)
     layers_per_chunk = layout.layers_of_rank(shape.num_layers, pipeline_rank) / layout.virtual_pipeline
@@ -374,7 +373,7 @@ def fp8_copy_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSet
 
 
 def head_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> int:
-    """Final norm, the rows gathered for the head, their fp32 gradient and one chunk of logits; on the last stage only."""
+    """Final norm, the rows gathered for the head, their fp32 gradient, a tile of logits and a panel of theirs; on the last stage only."""
     if pipeline_rank != layout.pipeline - 1:
         return 0
     element = settings.weight_bytes
@@ -386,7 +385,8 @@ def head_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSetting
     # Kept logits are those of Megatron Core's own loss: bf16 and their fp32 copy.
     columns = padded_vocab(shape, layout.tensor) / layout.tensor
     if settings.recompute_logits:
-        logits = HEAD_TILE_BYTES + min(settings.kept_logit_bytes, rows * columns * FLOAT32_BYTES)
+        tile, panel = min(rows, _TILE_ROWS) * min(columns, _TILE_COLUMNS), min(rows, _PANEL_ROWS) * min(columns, _PANEL_COLUMNS)
+        logits = tile * FLOAT32_BYTES + panel * element + min(settings.kept_logit_bytes, rows * columns * FLOAT32_BYTES)
     else:
         logits = rows * columns * (element + FLOAT32_BYTES)
     return int(norm + gathered + selected + logits)
@@ -394,8 +394,7 @@ def head_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSetting
 
 def communication_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings) -> int:
     """Buffers of collectives: sequence-parallel gather, pipeline receive, and NCCL's own per communicator."""
-    element = settings.weight_bytes
-    hidden = settings.pack_tokens / layout.context * shape.hidden_size * element
+    hidden = settings.pack_tokens / layout.context * shape.hidden_size * settings.weight_bytes
     gather = hidden if layout.sequence else 0  # megatron/core/tensor_parallel/layers.py: one global buffer
     received = 0.0 if layout.pipeline == 1 else 4 * hidden / (layout.tensor if layout.sequence else 1)
     sizes = (layout.tensor, layout.pipeline, layout.data * layout.context, layout.context, layout.expert)

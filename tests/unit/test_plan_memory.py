@@ -187,11 +187,16 @@ def test_the_head_lies_on_the_last_stage_and_follows_its_rows() -> None:
     layout = ParallelLayout(pipeline=2)
     settings = TrainSettings(4096, 8, head_rows=0.5, kept_logit_bytes=10**6)
     assert head_bytes(LLAMA3_8B, layout, settings, 0) == 0
-    # Final norm's input and output, 2048 gathered rows in bf16 with an fp32 gradient, three fp32 tiles of 1024 x 4096, kept logits.
-    assert head_bytes(LLAMA3_8B, layout, settings, 1) == 2 * 4096 * 4096 * 2 + 2048 * 4096 * (2 + 4) + 3 * 1024 * 4096 * 4 + 10**6
+    # Final norm's input and output, 2048 gathered rows in bf16 with an fp32 gradient; an fp32 tile of 1024 x 4096, the gradient of a panel
+    # of at most 8192 x 8192 in bf16, kept logits.
+    expected = 2 * 4096 * 4096 * 2 + 2048 * 4096 * (2 + 4) + 1024 * 4096 * 4 + 2048 * 8192 * 2 + 10**6
+    assert head_bytes(LLAMA3_8B, layout, settings, 1) == expected
     # No more than there are: 128256 columns.
     everything, nothing = (head_bytes(LLAMA3_8B, layout, replace(settings, kept_logit_bytes=kept), 1) for kept in (10**12, 0))
     assert everything - nothing == 2048 * 128256 * 4
+    few = replace(LLAMA3_8B, vocab_size=1000)
+    expected = 2 * 4096 * 4096 * 2 + 2048 * 4096 * (2 + 4) + 1024 * 1000 * 4 + 2048 * 1000 * 2 + 10**6
+    assert head_bytes(few, layout, settings, 1) == expected
 
 
 def test_total_adds_fragmentation_to_what_comes_and_goes() -> None:
