@@ -43,13 +43,13 @@ class StageRef:
     def command(self, layout: RunLayout) -> str:
         """What a person types to run exactly this stage."""
         shard = "" if self.shard is None else f" --shard {self.shard}"
-        return f"spin-megatron {self.name} --run-dir {str(layout.root)!r} --iteration {self.iteration}{shard}"
+        return f"spin-megatron {self.name} --run-dir {layout.quoted} --iteration {self.iteration}{shard}"
 
     def redo_command(self, layout: RunLayout) -> str:
         """What a person types to make exactly this stage, and what was made from it, anew."""
         shard = "" if self.shard is None else f":{self.shard}"
         verb = "submit" if layout.slurm.exists() else "run"
-        return f"spin-megatron {verb} {str(layout.root)!r} --redo {self.name}:{self.iteration}{shard}"
+        return f"spin-megatron {verb} {layout.quoted} --redo {self.name}:{self.iteration}{shard}"
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def stop_reason(config: RunConfig, layout: RunLayout) -> str | None:
         return None
     caps: dict[StageRef | str, int] = dict.fromkeys(missing, config.slurm.max_failures)
     caps[submission_name(missing)] = MAX_SUBMISSION_FAILURES
-    advice = f"mend the cause, then: bash slurm/spin_iter.sh {str(layout.root)!r}"
+    advice = f"mend the cause, then: bash slurm/spin_iter.sh {layout.quoted}"
     failures = read_failures(layout)
     for ref, cap in caps.items():
         if failures[str(ref)].in_a_row >= cap:

@@ -7,6 +7,7 @@ of a stage are told by --set options, so that all of them see the same.
 import argparse
 import json
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, R
     """
     layout = RunLayout(run_dir.resolve())
     if not layout.run_json.exists():
-        start = f"spin-megatron run CONFIG --run-dir {str(run_dir)!r}"
+        start = f"spin-megatron run CONFIG --run-dir {shlex.quote(str(run_dir))}"
         raise ValueError(f"{run_dir} is not a run directory (no run.json); start one with: {start}")
     return _with_changes(read_frozen(layout.run_json), overrides), layout
 

@@ -48,7 +48,7 @@ def write_report(config: RunConfig, layout: RunLayout) -> list[Path]:
     """
     steps = {t: rows for t in range(config.run.iterations) if (rows := read_metrics(layout.metrics(t)))}
     if not steps:
-        raise ValueError(f"{layout.root} has no training metrics yet; run it first: spin-megatron run {str(layout.root)!r}")
+        raise ValueError(f"{layout.root} has no training metrics yet; run it first: spin-megatron run {layout.quoted}")
     from spin_megatron.objective.spin_loss import loss_at_zero  # with torch, which the other verbs of this layer do without
 
     at_zero = loss_at_zero(config.objective.loss)

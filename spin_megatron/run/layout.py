@@ -8,6 +8,7 @@ run_dir/ config.toml  run.json  run.lock  slurm/
           logs/<stage>/attempt_1/rank_0.log   slurm_jobs.json
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,11 @@ class RunLayout:
     """Paths below one run directory. Methods take the SPIN iteration t, from 0."""
 
     root: Path
+
+    @property
+    def quoted(self) -> str:
+        """The run directory as a word of the commands that a person is told to type."""
+        return shlex.quote(str(self.root))
 
     @property
     def config_toml(self) -> Path:

@@ -179,7 +179,7 @@ def test_missing_answers_are_named_with_the_command_for_their_shards(tmp_path: P
         merge.run(context)
     message = str(caught.value)
     assert "generate 0 has no answer to 2 of 7 prompts (d, e)" in message
-    assert message.splitlines()[1:] == [f"  spin-megatron run {str(tmp_path)!r} --redo generate:0:1"]
+    assert message.splitlines()[1:] == [f"  spin-megatron run {context.layout.quoted} --redo generate:0:1"]
 
 
 def test_of_many_missing_answers_some_are_named(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 import types
@@ -152,7 +154,7 @@ def test_a_finished_stage_that_is_asked_for_by_hand_says_so_and_starts_no_proces
     told: list[str] = []
     monkeypatch.setattr(loop.logger, "info", lambda text, *values: told.append(text % values))
     assert loop.run_alone(config, layout, StageRef("generate", 0, 1)) == 0
-    assert told == [f"generate 0 shard 1 is done; to make it anew: spin-megatron run {str(layout.root)!r} --redo generate:0:1"]
+    assert told == [f"generate 0 shard 1 is done; to make it anew: spin-megatron run {layout.quoted} --redo generate:0:1"]
     assert not layout.logs("generate", 0, 1).exists()
 
 
@@ -248,6 +250,17 @@ def test_which_files_of_a_data_set_were_changed_is_said(
         os.utime(path, (0, 0))
     source.unlink()
     assert changed() == f"files of {source.parent} were removed or replaced"
+
+
+def test_the_commands_that_are_advised_are_what_a_shell_takes(tmp_path: Path) -> None:
+    layout = RunLayout(tmp_path / "it's \"my\" $RUN" / "50% run")
+    ref = StageRef("generate", 1, 2)
+    words = ["spin-megatron", "generate", "--run-dir", str(layout.root), "--iteration", "1", "--shard", "2"]
+    assert shlex.split(ref.command(layout)) == words
+    assert shlex.split(ref.redo_command(layout)) == ["spin-megatron", "run", str(layout.root), "--redo", "generate:1:2"]
+    for command in (ref.command(layout), ref.redo_command(layout)):
+        spoken = subprocess.run(["sh", "-c", f"printf '%s|' {command}"], capture_output=True, text=True, timeout=10, check=True).stdout
+        assert spoken.split("|")[:-1] == shlex.split(command)
 
 
 def test_a_finished_stage_says_what_it_lacks_now(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
