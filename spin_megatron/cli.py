@@ -7,10 +7,12 @@ import argparse
 import gc
 import importlib
 import logging
+import math
 import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,6 +34,7 @@ _STAGE_VERBS = {
 }
 # Stages that poll for a stop request; the others are short, start over, and simply end on SIGTERM.
 _POLLING = ("generate", "train")
+LOOK_SECONDS = 1.0
 _OUT_OF_MEMORY = (
     "The GPU's memory does not suffice. Training takes less of it with train.recompute=full, train.kept_logit_bytes=0 or more ranks in "
     "[parallel], which a started run may change with --set; `spin-megatron plan` shows what fits."
@@ -154,22 +157,33 @@ def _run_stage(arguments: argparse.Namespace) -> int:
     rank = int(os.environ["RANK"])
     signalled = _catch_stop_signals(polled=ref.name in _POLLING)
     names = (ref.name, made_in(ref), ref.shard)
-    stop_file, heartbeat = layout.stop_file(*names), layout.heartbeat(*names)
-
-    def stop_requested() -> bool:
-        heartbeat.touch()
-        return signalled() or stop_file.exists()
-
-    if rank == 0:
-        heartbeat.parent.mkdir(parents=True, exist_ok=True)
-        stop_requested()
+    # All ranks follow rank 0's answer.
+    stop_requested = _stop_question(signalled, layout.stop_file(*names), layout.heartbeat(*names)) if rank == 0 else lambda: False
+    stop_requested()
     owner, wait_seconds = slurm_owner()
-    # All ranks follow rank 0's answer; asked of each, it would be two calls a step and rank to a shared file system.
-    asked = stop_requested if rank == 0 else lambda: False
     _import_for_good(STAGES[ref.name].module)
-    done = execute(config, layout, ref, rank=rank, stop_requested=asked, owner=owner, wait_seconds=wait_seconds)
+    done = execute(config, layout, ref, rank=rank, stop_requested=stop_requested, owner=owner, wait_seconds=wait_seconds)
     gc.freeze()  # what the stage imported itself
     return DONE if done else STOPPED
+
+
+def _stop_question(signalled: Callable[[], bool], stop_file: Path, heartbeat: Path) -> Callable[[], bool]:
+    """What a stage asks between its steps: whether to save and leave, by a signal or by the stop file; each look is a heartbeat.
+
+    Steps may take milliseconds, as those of decoding do, and both files lie on a shared file system: it is asked once a second at most.
+    """
+    heartbeat.parent.mkdir(parents=True, exist_ok=True)
+    looked_at, is_asked = -math.inf, False
+
+    def stop_requested() -> bool:
+        nonlocal looked_at, is_asked
+        if not is_asked and time.monotonic() - looked_at >= LOOK_SECONDS:
+            looked_at = time.monotonic()
+            heartbeat.touch()
+            is_asked = stop_file.exists()
+        return is_asked or signalled()
+
+    return stop_requested
 
 
 def _import_for_good(module: str) -> None:

@@ -43,6 +43,24 @@ def test_threads_are_those_that_openmp_would_take(text: str, threads: int, monke
     assert cli._threads() == threads
 
 
+def test_a_stage_looks_for_a_stop_and_beats_once_a_second_however_short_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_file, heartbeat, now, signals = tmp_path / "locks" / "stop", tmp_path / "locks" / "heartbeat", [0.0], []
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    stop_requested = cli._stop_question(lambda: bool(signals), stop_file, heartbeat)
+    assert not stop_requested()
+    heartbeat.unlink()
+    stop_file.touch()
+    now[0] = 0.9
+    assert not stop_requested() and not heartbeat.exists()
+    now[0] = 1.0
+    assert stop_requested() and heartbeat.exists()
+    stop_file.unlink()
+    now[0] = 2.5
+    assert stop_requested(), "what was asked for once is not taken back"
+    signals.append(15)
+    assert cli._stop_question(lambda: bool(signals), stop_file, heartbeat)(), "a signal waits for nothing"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
