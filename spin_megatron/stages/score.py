@@ -98,7 +98,7 @@ def read_sequences(path: Path, shape: ModelShape) -> "list[ScoringSequence]":
     from spin_megatron.data.batches import ScoringSequence
 
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().rstrip().splitlines()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give a JSON lines file.") from error
     sequences = []

@@ -66,7 +66,7 @@ def test_a_missing_and_an_empty_file_are_named(tmp_path: Path) -> None:
 
 def test_good_lines_are_numbered_from_one_and_the_longest_allowed_passes(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
-    path.write_text(f'{GOOD}\n{{"prompt_ids": [1, 2, 3], "response_ids": [4, 5, 9]}}\n{{"prompt_ids": [0], "response_ids": []}}')
+    path.write_text(f'{GOOD}\n{{"prompt_ids": [1, 2, 3], "response_ids": [4, 5, 9]}}\n{{"prompt_ids": [0], "response_ids": []}}\n\r\n \n')
     found = [(sequence.sequence_id, sequence.prompt_ids, sequence.response_ids) for sequence in read_sequences(path, SHAPE)]
     assert found == [("1", (1, 2), (3,)), ("2", (1, 2, 3), (4, 5, 9)), ("3", (0,), ())]
 
