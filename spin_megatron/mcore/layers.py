@@ -173,11 +173,11 @@ class _RmsNorm(torch.autograd.Function):
         dhidden, dweight_H = torch.empty_like(hidden), torch.zeros_like(wide_weight_H)
         for hidden_rows, scale_rows, grad_rows, dhidden_rows in row_blocks(hidden, scale, grad, dhidden):
             normed = hidden_rows * scale_rows
-            grad_normed = grad_rows.to(scale.dtype, copy=True)
+            product = grad_rows * normed
             if ctx.needs_input_grad[1]:  # beside LoRA adapters the weight is frozen
-                dweight_H += (grad_normed * normed).flatten(0, -2).sum(dim=0)
-            grad_normed *= wide_weight_H
-            shared = (grad_normed * normed).mean(dim=-1, keepdim=True)
+                dweight_H += product.flatten(0, -2).sum(dim=0)
+            shared = (product @ wide_weight_H)[..., None] / normed.shape[-1]
+            grad_normed = torch.mul(grad_rows, wide_weight_H, out=product)
             torch.mul(grad_normed.addcmul_(normed, shared, value=-1), scale_rows, out=dhidden_rows)
         return dhidden, dweight_H.to(weight_H.dtype) if ctx.needs_input_grad[1] else None, None
 

@@ -78,18 +78,19 @@ class _CpuFlash(torch.autograd.Function):
         context_TND = _for_branches(query_TND, branches)
         lse_TN = torch.empty(query_TND.shape[:2], dtype=torch.promote_types(query_TND.dtype, torch.float32))
         calls = _kernel_calls(branches, window, query_TND.dtype)
+        # Turned once: views of views for each call took as long as the kernel takes for a short branch.
+        query_1NTD, key_1GTD, value_1GTD, context_1NTD = map(_heads_first, (query_TND, key_TGD, value_TGD, context_TND))
+        lse_1NT = lse_TN.t()[None]
         for call in calls:
-            query = _heads_first(query_TND[call.rows])
-            key, value = (_heads_first(_taken(tensor, call.keys)) for tensor in (key_TGD, value_TGD))
-            context_1NLD, lse_1NL = forward(query, key, value, 0.0, call.is_causal, attn_mask=call.mask, scale=scale)
-            context, lse = context_1NLD.squeeze(0).transpose(0, 1), lse_1NL.squeeze(0).t()
+            key, value = (_taken(tensor, call.keys) for tensor in (key_1GTD, value_1GTD))
+            context, lse = forward(query_1NTD[:, :, call.rows], key, value, 0.0, call.is_causal, attn_mask=call.mask, scale=scale)
             if call.is_second:
-                own_context, own_lse = context_TND[call.rows], lse_TN[call.rows]
+                own_context, own_lse = context_1NTD[:, :, call.rows], lse_1NT[:, :, call.rows]
                 joined = torch.logaddexp(own_lse, lse)
                 # The weights are fp32, and so is the sum: rounded once, when it is stored.
                 context = own_context * (own_lse - joined).exp_()[..., None] + context * (lse - joined).exp_()[..., None]
                 lse = joined
-            context_TND[call.rows], lse_TN[call.rows] = context, lse
+            context_1NTD[:, :, call.rows], lse_1NT[:, :, call.rows] = context, lse
         ctx.save_for_backward(query_TND, key_TGD, value_TGD, context_TND, lse_TN)
         ctx.calls, ctx.branches, ctx.scale = calls, branches, scale
         return context_TND
@@ -104,18 +105,20 @@ class _CpuFlash(torch.autograd.Function):
         # for the price of as many dK and dV.
         num_groups = key_TGD.shape[1]
         batch = query_TND.shape[1] // num_groups if num_groups % torch.get_num_threads() else 1
+        by_query = (_as_batch(tensor, batch, num_groups) for tensor in (grad_TND, query_TND, context_TND, lse_TN[..., None], dquery_TND))
+        grad, query, context, lse, dquery = by_query  # [1, N, T, D] or [N/G, G, T, D]
+        key_1GTD, value_1GTD, dkey_1GTD, dvalue_1GTD = map(_heads_first, (key_TGD, value_TGD, dkey_TGD, dvalue_TGD))
         for call in ctx.calls:
-            grad, query, context, lse = (
-                _as_batch(tensor[call.rows], batch, num_groups) for tensor in (grad_TND, query_TND, context_TND, lse_TN[..., None])
+            rows = (slice(None), slice(None), call.rows)
+            key, value = (_taken(tensor, call.keys).expand(batch, -1, -1, -1) for tensor in (key_1GTD, value_1GTD))
+            dquery_rows, dkey, dvalue = backward(
+                *(grad[rows], query[rows], key, value, context[rows], lse[rows][..., 0], 0.0, call.is_causal),
+                attn_mask=call.mask,
+                scale=ctx.scale,
             )
-            key, value = (_heads_first(_taken(tensor, call.keys)).expand(batch, -1, -1, -1) for tensor in (key_TGD, value_TGD))
-            dquery, dkey, dvalue = backward(
-                grad, query, key, value, context, lse[..., 0], 0.0, call.is_causal, attn_mask=call.mask, scale=ctx.scale
-            )
-            room = _as_batch(dquery_TND[call.rows], batch, num_groups)
-            room.add_(dquery) if call.is_second else room.copy_(dquery)
-            _add_back(dkey_TGD, call.keys, dkey.sum(0).transpose(0, 1))
-            _add_back(dvalue_TGD, call.keys, dvalue.sum(0).transpose(0, 1))
+            dquery[rows].add_(dquery_rows) if call.is_second else dquery[rows].copy_(dquery_rows)
+            _add_back(dkey_1GTD, call.keys, dkey)
+            _add_back(dvalue_1GTD, call.keys, dvalue)
         return dquery_TND, dkey_TGD, dvalue_TGD, None, None, None
 
 
@@ -170,14 +173,16 @@ def _as_batch(tensor_LND: Tensor, batch: int, num_groups: int) -> Tensor:
     return by_group_LGBD.permute(2, 1, 0, 3)
 
 
-def _taken(tensor_TGD: Tensor, keys: list[slice]) -> Tensor:
-    """The rows of the ranges; a view where there is only one."""
-    return tensor_TGD[keys[0]] if len(keys) == 1 else torch.cat([tensor_TGD[part] for part in keys])
+def _taken(tensor_1GTD: Tensor, keys: list[slice]) -> Tensor:
+    """The tokens of the ranges; a view where there is only one."""
+    parts = [tensor_1GTD[:, :, part] for part in keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _add_back(gradient_TGD: Tensor, keys: list[slice], gradient_LGD: Tensor) -> None:
-    offset = 0
+def _add_back(gradient_1GTD: Tensor, keys: list[slice], gradient_BGLD: Tensor) -> None:
+    """Add a call's gradient, summed over its batch, to that of the ranges it read."""
+    made, offset = gradient_BGLD if gradient_BGLD.shape[0] == 1 else gradient_BGLD.sum(0, keepdim=True), 0
     for part in keys:
         count = part.stop - part.start
-        gradient_TGD[part] += gradient_LGD[offset : offset + count]
+        gradient_1GTD[:, :, part] += made.narrow(2, offset, count)
         offset += count
