@@ -21,14 +21,15 @@ from rich.text import Text
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.failures import last_logged_error, read_failures, slurms_reason, stop_reason, submission_name
 from spin_megatron.launch.slurm import ADVANCE, SubmittedJob, active_jobs, read_jobs
-from spin_megatron.pipeline import early_stop, is_running, missing_stages, stale_because, state_of
+from spin_megatron.pipeline import early_stop, is_running, missing_stages, stale_because, state_of, still_read
 from spin_megatron.report.overview import benchmarks, warnings
 from spin_megatron.run.layout import RunLayout
-from spin_megatron.run.manifest import plain, read_manifest
+from spin_megatron.run.manifest import Manifest, plain, read_manifest, verify_outputs
 from spin_megatron.stage_table import STAGES, StageRef, folder_of, line, log_folder, made_in
 
 _COLUMNS = tuple(STAGES)
-_STYLES = {"done": "green", "running": "cyan", "ready": "yellow", "stale": "red", "waiting": "dim", "not needed": "dim"}
+_STYLES = {"done": "green", "running": "cyan", "ready": "yellow", "stale": "red", "damaged": "red", "waiting": "dim", "not needed": "dim"}
+_NAMED_PROBLEMS = 5
 ENDED = "ended"
 NOT_NEEDED = "not needed"  # a rule of [stop] ended the run before
 
@@ -94,13 +95,13 @@ def read_queue(layout: RunLayout) -> Queue:
 
 
 def stage_rows(config: RunConfig, layout: RunLayout, queue: Queue | None = None) -> list[dict[str, Any]]:
-    """One row a stage: name, iteration, shard, state, why it is stale, jobs, attempts, last error, when it finished, its summary."""
+    """One row a stage: its names, state, what is wrong with it, jobs, attempts, last error, when it finished, its summary."""
     queue = queue or Queue()
     failures = read_failures(layout)
-    rows, stop = [], early_stop(config, layout)
+    rows, stop, needed = [], early_stop(config, layout), still_read(config, layout)
     for ref in line(config):
         manifest = read_manifest(folder_of(layout, ref))
-        state: str = "running" if manifest is None and is_running(layout, ref) else state_of(config, layout, ref)
+        state, problems = _state(config, layout, ref, manifest, needs_files=ref in needed)
         if manifest is None and stop is not None and made_in(ref) > stop.iteration:
             state = NOT_NEEDED
         logs = log_folder(layout, ref)
@@ -111,7 +112,7 @@ def stage_rows(config: RunConfig, layout: RunLayout, queue: Queue | None = None)
                 "iteration": ref.iteration,
                 "shard": ref.shard,
                 "state": state,
-                "stale_because": stale_because(config, layout, ref, manifest) if manifest and state == "stale" else [],
+                "problems": problems,
                 "jobs": _elements(ref, queue),
                 "attempts": sum(1 for _ in logs.glob("attempt_*")),
                 "failures_in_a_row": 0 if manifest else failures[str(ref)].in_a_row,
@@ -121,6 +122,16 @@ def stage_rows(config: RunConfig, layout: RunLayout, queue: Queue | None = None)
             }
         )
     return rows
+
+
+def _state(config: RunConfig, layout: RunLayout, ref: StageRef, manifest: Manifest | None, *, needs_files: bool) -> tuple[str, list[str]]:
+    """A stage's state and, where `run` would refuse to go on from it, why."""
+    if manifest is None:
+        return "running" if is_running(layout, ref) else state_of(config, layout, ref), []
+    if differences := stale_because(config, layout, ref, manifest):
+        return "stale", differences
+    missing = verify_outputs(folder_of(layout, ref), manifest) if needs_files else []
+    return "damaged" if missing else "done", missing
 
 
 def _elements(ref: StageRef, queue: Queue) -> list[dict[str, str]]:
@@ -142,7 +153,7 @@ def _view(config: RunConfig, layout: RunLayout) -> Group:
     rows = stage_rows(config, layout, queue)
     notes = warnings(config, layout)
     notes += [Text(f"{_name(row)}: {_times(row)}, last error: {row['last_error']}", style="yellow") for row in rows if row["last_error"]]
-    notes += [_stale_note(layout, row) for row in rows if row["stale_because"]]
+    notes += [_problem_note(layout, row) for row in rows if row["problems"]]
     ids = {job.job_id for job in queue.jobs if job.link == ADVANCE}
     waiting = [f"{name} {state}" for name, state in queue.states.items() if name.partition("_")[0] in ids]
     if waiting:
@@ -179,9 +190,11 @@ def _name(row: Mapping[str, Any]) -> str:
     return str(StageRef(row["stage"], row["iteration"], row["shard"]))
 
 
-def _stale_note(layout: RunLayout, row: Mapping[str, Any]) -> Text:
-    redo = StageRef(row["stage"], row["iteration"], row["shard"]).redo_command(layout)
-    return Text(f"{_name(row)} is stale: {'; '.join(row['stale_because'])}. Restore that, or make it anew: {redo}", style="red")
+def _problem_note(layout: RunLayout, row: Mapping[str, Any]) -> Text:
+    redo, problems = StageRef(row["stage"], row["iteration"], row["shard"]).redo_command(layout), row["problems"]
+    more = f" and {len(problems) - _NAMED_PROBLEMS} more" if len(problems) > _NAMED_PROBLEMS else ""
+    told = "; ".join(problems[:_NAMED_PROBLEMS]) + more
+    return Text(f"{_name(row)} is {row['state']}: {told}. Restore that, or make it anew: {redo}", style="red")
 
 
 def _times(row: Mapping[str, Any]) -> str:
@@ -207,7 +220,7 @@ def _cell(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
     states = {row["state"] for row in rows}
-    shown = next(state for state in ("stale", "running", "ready", "waiting", NOT_NEEDED, "done") if state in states)
+    shown = next(state for state in ("stale", "damaged", "running", "ready", "waiting", NOT_NEEDED, "done") if state in states)
     done = sum(row["state"] == "done" for row in rows)
     lines = [f"[{_STYLES[shown]}]{shown if len(rows) == 1 else f'{done} of {len(rows)} done'}[/]"]
     attempts = sum(row["attempts"] for row in rows)

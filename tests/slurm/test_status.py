@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from spin_megatron.launch.slurm import SubmittedJob
 from spin_megatron.report import status
 from spin_megatron.report.status import Queue, stage_rows
 from spin_megatron.run.layout import RunLayout
-from spin_megatron.run.manifest import write_json
+from spin_megatron.run.manifest import output_file, read_manifest, write_json, write_manifest
 from spin_megatron.run.records import GeneratedRow, PromptRow, write_rows
 from spin_megatron.stage_table import StageRef, line, log_folder
 from tests.slurm.test_commands import finish, make_config
@@ -126,8 +127,25 @@ def test_a_stale_stage_says_which_setting_changed_and_how(tmp_path: Path) -> Non
     text = " ".join(console.export_text().split())
     assert "generate 0 shard 1 is stale: generate.temperature: 1.0 -> 0.5. Restore that, or make it anew: spin-megatron run" in text
     assert "--redo generate:0:1" in text
-    assert row_of(stage_rows(other, layout), "generate", 1)["stale_because"] == ["generate.temperature: 1.0 -> 0.5"]
-    assert [row["stale_because"] for row in stage_rows(config, layout) if row["stale_because"]] == []
+    assert row_of(stage_rows(other, layout), "generate", 1)["problems"] == ["generate.temperature: 1.0 -> 0.5"]
+    assert [row["problems"] for row in stage_rows(config, layout) if row["problems"]] == []
+
+
+def test_a_finished_stage_whose_files_are_gone_is_damaged_where_they_are_still_read(tmp_path: Path) -> None:
+    config, layout = some_run(tmp_path)
+    answers = layout.part(0, 1, 0)
+    answers.write_bytes(b"seven b")
+    manifest = read_manifest(layout.shard(0, 1))
+    assert manifest is not None
+    write_manifest(layout.shard(0, 1), replace(manifest, outputs=(output_file(layout.shard(0, 1), answers),)))
+    assert row_of(stage_rows(config, layout), "generate", 1)["state"] == "done"
+    answers.write_bytes(b"six by")
+    row = row_of(stage_rows(config, layout), "generate", 1)
+    assert (row["state"], row["problems"]) == ("damaged", [f"{answers} has 6 bytes, its manifest says 7"])
+    finish(layout, StageRef("generate", 0, 0), StageRef("generate", 0, 2), config=config, is_current=True)
+    finish(layout, StageRef("merge", 0), config=config, is_current=True)
+    answers.unlink()
+    assert row_of(stage_rows(config, layout), "generate", 1)["state"] == "done", "merge has read it, and no one reads it again"
 
 
 def test_an_iteration_that_is_being_answered_has_a_bar_over_its_shards(tmp_path: Path) -> None:
