@@ -34,7 +34,8 @@ RUNTIME = [
 
 EXTRAS = {
     # NVIDIA's apex has no release on PyPI (the project of that name there is a web toolkit); build it from source if wanted.
-    "gpu": ["transformer-engine[pytorch]>=2.9"],
+    # torch: on a GPU the head adds products of bf16 to fp32 sums (addmm with out_dtype), which 2.8 refuses and 2.11 computes.
+    "gpu": ["torch>=2.11", "transformer-engine[pytorch]>=2.9"],
     "eval": ["lm-eval>=0.4.9"],
     # A compiled CPU engine for generation; onnx-ir is what its exporter writes with.
     "onnx": ["onnx-ir>=1.0", "onnxruntime-genai>=0.18"],
