@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import spin_megatron.mcore.attention  # noqa: F401 (with it Megatron Core, which imports any apex it finds: not those of this file)
 from spin_megatron.report import doctor
 from spin_megatron.report.doctor import Device, Finding
 
