@@ -9,7 +9,7 @@ import logging
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -183,6 +183,14 @@ def require_current(config: RunConfig, layout: RunLayout, ref: StageRef, manifes
     problems = manifests.verify_outputs(folder_of(layout, ref), manifest) if needs_files else []
     if problems:
         raise ValueError(f"{ref} is finished, but " + "; ".join(problems) + f". Restore the file, or make it anew with: {redo}")
+
+
+def require_all_current(config: RunConfig, layout: RunLayout, refs: Sequence[StageRef]) -> None:
+    """`require_current` for those of the stages that are finished. Raises what it raises."""
+    needed = still_read(config, layout)
+    for ref in refs:
+        if (manifest := manifests.read_manifest(folder_of(layout, ref))) is not None:
+            require_current(config, layout, ref, manifest, needs_files=ref in needed)
 
 
 def execute(

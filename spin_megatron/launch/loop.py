@@ -10,7 +10,7 @@ from spin_megatron.launch.check import check_harness
 from spin_megatron.launch.gpus import pool_for
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
 from spin_megatron.launch.started_run import changes, open_or_start, remember_changes
-from spin_megatron.pipeline import early_stop, missing_stages, redo, require_current, still_read
+from spin_megatron.pipeline import early_stop, missing_stages, redo, require_all_current, require_current
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.telemetry import progress_bar
@@ -51,13 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run_group(launcher: Launcher, config: RunConfig, layout: RunLayout, group: list[StageRef], position: str) -> int:
     """Run one stage, all shards of generate (some at a time), or all benchmarks (one at a time)."""
-    found = {ref: manifests.read_manifest(folder_of(layout, ref)) for ref in group}
-    missing = [ref for ref, manifest in found.items() if manifest is None]
+    missing = [ref for ref in group if manifests.read_manifest(folder_of(layout, ref)) is None]
     if len(missing) < len(group):
-        needed = still_read(config, layout)
-        for ref, manifest in found.items():
-            if manifest is not None:
-                require_current(config, layout, ref, manifest, needs_files=ref in needed)
+        require_all_current(config, layout, group)
     if not missing:
         logger.info("%s %s: done before", position, group[0])
         return DONE

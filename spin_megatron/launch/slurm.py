@@ -30,13 +30,13 @@ from spin_megatron.launch.check import check_config
 from spin_megatron.launch.failures import record_submission
 from spin_megatron.launch.resources import check_resources
 from spin_megatron.launch.started_run import open_or_start, remember_changes
-from spin_megatron.pipeline import LOCK_STALE_SECONDS, early_stop, missing_stages, redo
+from spin_megatron.pipeline import LOCK_STALE_SECONDS, early_stop, missing_stages, redo, require_all_current
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.children import ended_with_parent
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held
 from spin_megatron.run.manifest import StageIncomplete
-from spin_megatron.stage_table import STAGES, StageRef, log_folder, made_in
+from spin_megatron.stage_table import STAGES, StageRef, line, log_folder, made_in
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +199,7 @@ def submit(
 
     Raises:
         ValueError: the resources do not fit the layout, or sbatch refused a job; then none of the chain is left behind.
+        StaleStage, ValueError: a person submits, and a finished stage is stale or lacks files that are still to be read.
         StageIncomplete: another submission holds the lock, or a stage is to be moved aside while jobs are under way.
     """
     check_resources(config)
@@ -226,6 +227,10 @@ def submit(
         links = links[-1:] if after else links
         _make_log_folders(layout, links)
         if own_job is None:
+            # As `run` asks of each stage in its turn; what lies behind a gap is made anew before it is read.
+            missing = set(missing_stages(config, layout))
+            gapless = [ref for ref in line(config) if missing.isdisjoint(STAGES[ref.name].needs(config, ref.iteration))]
+            require_all_current(config, layout, gapless)
             _copy_scripts(scripts, layout.slurm)
             remember_changes(config, layout)
             record_submission(layout, missing_stages(config, layout))

@@ -17,8 +17,8 @@ from spin_megatron.launch.started_run import open_as_changed
 from spin_megatron.launch.supervise import Element, advance
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
-from spin_megatron.run.manifest import StageIncomplete
-from spin_megatron.stage_table import StageRef, line
+from spin_megatron.run.manifest import StageIncomplete, StaleStage
+from spin_megatron.stage_table import StageRef
 from tests.slurm.test_commands import finish, make_config
 
 
@@ -62,7 +62,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunConfig,
     """A run whose data, engine and shards are there: merge, train, export, evaluate and advance are missing."""
     config, layout = make_config(run={"name": "r", "iterations": 1}), RunLayout(tmp_path / "a run")
     done = [StageRef("export", 0), StageRef("prepare"), StageRef("build-engine", 0), *(StageRef("generate", 0, k) for k in range(3))]
-    finish(layout, *done, config=config)
+    finish(layout, *done, config=config, is_current=True)
     programs = Scripted(layout)
     monkeypatch.setattr(slurm, "run_slurm", programs)
     monkeypatch.setattr(supervise, "run_slurm", programs)
@@ -162,7 +162,7 @@ def test_a_submission_that_is_killed_before_it_recorded_a_job_leaves_none_to_be_
 def test_a_stage_is_made_anew_by_jobs_once_none_is_left_that_counts_on_it(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
     config, layout, programs = started
     submit(config, layout)
-    finish(layout, *(ref for ref in line(config) if ref.name not in ("export", "evaluate")), config=config)
+    finish(layout, StageRef("merge", 0), StageRef("train", 0), config=config, is_current=True)
     shard = StageRef("generate", 0, 1)
     with pytest.raises(StageIncomplete, match=r"count on; end them first \(scancel 100 101 102 103 104\)"):
         submit(config, layout, redone=shard)
@@ -173,6 +173,16 @@ def test_a_stage_is_made_anew_by_jobs_once_none_is_left_that_counts_on_it(starte
     assert [(job.link, job.array) for job in chained[:3]] == [("generate", "1%8"), ("merge", "0-0"), ("train", "0-3%1")]
     moved = [path.parent.name for path in layout.root.joinpath("redone").rglob("MANIFEST.json")]
     assert sorted(moved) == ["pairs", "shard_00001", "train"]
+
+
+def test_what_run_would_refuse_of_the_finished_stages_a_person_cannot_submit_either(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
+    config, layout, programs = started
+    other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 7})})
+    with pytest.raises(StaleStage, match=r"prepare 0 was finished with other settings or inputs:\s+run\.seed: 42 -> 7"):
+        submit(other, layout)
+    assert programs.num_sbatch == 0
+    layout.slurm.mkdir(exist_ok=True)
+    assert advance(other, layout, FIRST_SLOT) == 0, "a chain that is under way goes on with what it has"
 
 
 def test_squeue_is_asked_for_the_jobs_of_who_submitted_the_run_alone(started: tuple[RunConfig, RunLayout, Scripted]) -> None:
