@@ -4,7 +4,8 @@ Settings that may change from one SPIN iteration to the next take a list whose l
 scalars of iteration t. `config_file` reads a config from a TOML file; a started run reads its frozen run.json, never the TOML again.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -140,6 +141,15 @@ class RunConfig(Section):
 
 def _at(value: Value | list[Value], iteration: int) -> Value:
     return value[min(iteration, len(value) - 1)] if isinstance(value, list) else value
+
+
+@functools.cache
+def default_settings() -> Mapping[str, Any]:
+    """{"section.key": value} of everything that a config may leave out."""
+    required = {"model.path": "m", "data.source": "d"}
+    least = {name.partition(".")[0]: {name.partition(".")[2]: value} for name, value in required.items()}
+    flat = flat_settings(RunConfig.model_validate(least), tuple(RunConfig.model_fields))
+    return {name: value for name, value in flat.items() if name not in required}
 
 
 def flat_settings(config: RunConfig, sections: Sequence[str]) -> dict[str, Any]:

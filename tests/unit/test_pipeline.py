@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,23 @@ def test_redo_tells_of_what_it_moved_and_of_nothing_that_was_not_there(config: R
     moved = redo(config, layout, StageRef("merge", 1))
     assert [str(ref) for ref in moved] == ["merge 1", "train 1"]
     assert [(folder / "made.txt").read_text(encoding="utf-8") for folder in moved.values()] == ["merge 1 ", "train 1 "]
+
+
+def test_a_finished_stage_outlives_an_upgrade_that_changed_which_settings_decide_it(
+    config: RunConfig, layout: RunLayout, stage_runs: list[str]
+) -> None:
+    do_all(config, layout)
+    ref, folder = StageRef("train", 0), layout.train(0)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    earlier = {name: value for name, value in manifest.settings.items() if not name.startswith("lora.")} | {"train.forgotten": 7}
+    write_manifest(folder, replace(manifest, settings=earlier, key="of other settings"))
+    assert state_of(config, layout, ref) == "done"
+    assert do(config, layout, ref)
+    adapted = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 8})})
+    found = read_manifest(folder)
+    assert found is not None
+    assert stale_because(adapted, layout, ref, found) == ["lora.rank: absent -> 8"]
 
 
 def test_other_contents_of_an_input_make_what_follows_stale(config: RunConfig, layout: RunLayout, stage_runs: list[str]) -> None:
