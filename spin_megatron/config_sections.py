@@ -242,7 +242,7 @@ class ParallelSection(Section):
 
 
 class EvaluateSection(Section):
-    """[evaluate]: thresholds that warn; they never change a run's result."""
+    """[evaluate]: thresholds that warn, and benchmarks. They never change a run's result."""
 
     max_nll_increase: float = Field(0.1, gt=0, description="nats a token, of the human answers, theta_t to theta_{t+1}")
     max_logp_drop: float = Field(50.0, gt=0, description="nats, mean drop of log p(y) of the human answers")

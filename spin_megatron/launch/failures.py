@@ -134,9 +134,9 @@ def read_events(layout: RunLayout) -> list[dict[str, str]]:
     return events
 
 
-def last_error(logs: Path, job_log: Path) -> str:
+def last_error(logs: Path, of_job: Path) -> str:
     """The last error in an attempt's logs, else the last lines of errors in its job's, or what their absence means."""
-    told = _ERROR.findall(job_log.read_text(encoding="utf-8", errors="replace")) if job_log.exists() else []
+    told = _ERROR.findall(of_job.read_text(encoding="utf-8", errors="replace")) if of_job.exists() else []
     return last_logged_error(logs) or "; ".join(told[-3:]) or "no error was logged: the process was killed from outside, or its node died"
 
 
