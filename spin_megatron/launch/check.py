@@ -4,6 +4,7 @@ import argparse
 import importlib
 import logging
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from spin_megatron.config import RunConfig
@@ -99,7 +100,9 @@ def check_num_rows(config: RunConfig) -> None:
         ValueError: it has too few, or cannot be read.
     """
     data = config.data
-    if not Path(data.source).exists():
+    path = Path(data.source)
+    # What a folder's files are the `datasets` library knows; a host that only submits may have it in the ranks' container alone.
+    if not path.exists() or (path.is_dir() and find_spec("datasets") is None):
         return
     found = open_rows(data.source, split=data.split, subset=data.subset, revision=data.revision).num_rows
     wanted = data.num_held_out + (data.num_examples or 1)

@@ -1,6 +1,7 @@
 """`spin-megatron check` refuses, before anything runs, what a stage would refuse hours later."""
 
 import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,20 @@ def test_a_split_that_the_data_is_too_small_for_is_refused_before_a_run_is_start
     assert main([words[0], str(tiny_run), "--run-dir", str(tmp_path / "run"), *words[1:], *too_large]) == 2
     assert "conversations.jsonl has too few rows, 40 of 41 for data.num_held_out=40" in errors(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_s_rows_are_counted_where_its_reader_is_installed(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    shutil.copy(tiny_run.parent / "conversations.jsonl", tmp_path / "data" / "train.jsonl")
+    words = ["submit", str(tiny_run), "--run-dir", str(tmp_path / "run"), "--dry-run", "--set", "parallel.pipeline=1"]
+    words += ["--set", f"data.source={tmp_path / 'data'}", "--set", "data.num_held_out=40"]
+    assert main(words) == 2
+    assert "data has too few rows, 40 of 41 for data.num_held_out=40" in errors(capsys)
+    monkeypatch.setattr("spin_megatron.launch.check.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as on a host that has pydantic, rich and pyarrow
+    assert main(words) == 0
 
 
 def test_a_layout_that_does_not_fit_a_started_run_is_refused_before_anything_runs(
