@@ -96,7 +96,11 @@ def _submodules(spec: Any) -> Any:
 
 def make_inputs_again(layer: torch.nn.Module) -> None:
     """Let a local layer's products keep no input that a norm or an activation of this file makes: it is made again in the backward."""
+    from megatron.core.transformer.mlp import MLP
+
     for name, module in layer.named_modules():
+        if isinstance(module, MLP) and ".local_experts." in name:
+            module.forward = functools.partial(_weighted_expert, module)
         if name.endswith(("linear_qkv", "linear_fc1", "linear_fc2")):
             module.register_forward_hook(_make_input_again)
 
@@ -124,6 +128,13 @@ def _make_input_again(_linear: torch.nn.Module, inputs: tuple[Any, ...], outputs
                 fill(content, *node.saved_tensors)
 
     product.register_hook(refill)
+
+
+def _weighted_expert(expert: Any, hidden_NH: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What MLP.forward computes of N tokens, bit for bit; but that weighs what was activated apart, and keeps it and the result."""
+    gate_up, _ = expert.linear_fc1(hidden_NH)
+    output: tuple[Tensor, Tensor | None] = expert.linear_fc2(_Swiglu.apply(gate_up, weights_N[:, None]))
+    return output
 
 
 class RmsNorm(torch.nn.Module):
@@ -195,7 +206,7 @@ class Swiglu(torch.nn.Module):
 
     def forward(self, gate_up: Tensor) -> Tensor:
         """[..., 2F] -> [..., F], same dtype."""
-        activated: Tensor = _Swiglu.apply(gate_up)
+        activated: Tensor = _Swiglu.apply(gate_up, None)
         return activated
 
     def sharded_state_dict(self, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
@@ -204,26 +215,34 @@ class Swiglu(torch.nn.Module):
 
 
 class _Swiglu(torch.autograd.Function):
-    """Saves its input alone."""
+    """Saves its input alone. weights: of each row, [N, 1]; multiplied in the wider dtype, then rounded."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
+    def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up, weights)
         activated = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-        _Swiglu.fill(activated, gate_up)
+        _Swiglu.fill(activated, gate_up, weights)
         return activated
 
     @staticmethod
-    def fill(activated: Tensor, gate_up: Tensor) -> None:
+    def fill(activated: Tensor, gate_up: Tensor, weights: Tensor | None) -> None:
         """Write the output from what forward saved."""
         for gate, up, activated_rows in row_blocks(*gate_up.chunk(2, dim=-1), activated):
             torch.ops.aten.silu.out(gate, out=activated_rows).mul_(up)
+        if weights is not None:
+            activated.mul_(weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (gate_up,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        gate_up, weights = ctx.saved_tensors
+        dweights = None
+        if weights is not None:
+            activated = torch.empty_like(grad)
+            _Swiglu.fill(activated, gate_up, None)
+            dweights = (grad * activated.to(weights.dtype)).sum(dim=-1, keepdim=True)
+            grad = activated.copy_(grad * weights)
         dgate_up = torch.empty_like(gate_up)
         for gate, up, grad_rows, dgate, dup in row_blocks(*gate_up.chunk(2, dim=-1), grad, *dgate_up.chunk(2, dim=-1)):
             torch.mul(grad_rows, F.silu(gate), out=dup)
             torch.ops.aten.silu_backward.grad_input(grad_rows * up, gate, grad_input=dgate)
-        return dgate_up
+        return dgate_up, dweights

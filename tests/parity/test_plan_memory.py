@@ -285,3 +285,17 @@ def test_planned_activations_of_a_layer_are_what_autograd_keeps(
         widths = layer_widths(shape, layout, TrainSettings(num_tokens, 1, recompute=mode, adapters=adapters))
         beyond = 0 if mode == "full" else statistics - made_again[mode]
         assert num_bytes == (widths.token_bytes(2, mode) + beyond) * num_tokens, mode
+
+
+def test_local_experts_keep_their_tokens_and_their_first_product() -> None:
+    """Of a copy less than planned: what it weighed is made again, as is the attention's input."""
+    num_tokens, copies = 128, 2
+    dense = ModelShape("mixtral", 4, 128, 320, 8, 2, 16, 256, 4096, 1e-5, 1e4)
+    shape = replace(dense, num_experts=4, experts_per_token=copies, expert_ffn_hidden_size=256)
+    made_again, norms = 2 * (copies * 256 + 128), 2 * 4
+    # int64 and fp32 of each chosen expert, the token (int64) and the weight (fp32) of each copy; a bool and fp32 of every expert.
+    routing = copies * (8 + 4 + 8 + 4) + 4 * (1 + 4)
+    planned_routing = 2 * 2 * 4
+    planned = layer_widths(shape, ParallelLayout(), TrainSettings(num_tokens, 1)).token_bytes(2, "none")
+    measured = layer_bytes(shape, ParallelLayout(), num_tokens)["none"]
+    assert measured == (planned - planned_routing - made_again + norms + routing) * num_tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_megatron.mcore.layers import LayerSpec, RmsNorm, Swiglu, choose_layer_spec, make_inputs_again
+from spin_megatron.mcore.layers import LayerSpec, RmsNorm, Swiglu, _Swiglu, choose_layer_spec, make_inputs_again
 from spin_megatron.mcore.rotary import inverse_frequencies, rotary_table, rotate
 from spin_megatron.plan.model_config import RopeScaling
 from spin_megatron.plan.shape import ModelShape
@@ -33,6 +33,7 @@ def test_gradients_of_norm_and_activation_are_those_of_finite_differences() -> N
 
     assert torch.autograd.gradcheck(with_weight, (_random(5, 1, 16), norm.weight))
     assert torch.autograd.gradcheck(Swiglu(None), (_random(5, 1, 12),))
+    assert torch.autograd.gradcheck(_Swiglu.apply, (_random(5, 12), _random(5, 1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -54,6 +55,19 @@ def test_the_norm_s_weight_is_marked_only_under_sequence_parallelism() -> None:
 def test_the_activation_is_silu_of_the_first_half_times_the_second() -> None:
     # silu(1) = 1 / (1 + e**-1) = 0.731059; times 10.
     assert Swiglu(None)(torch.tensor([[0.0, 1.0, 5.0, 10.0]])).tolist() == [[0.0, pytest.approx(7.31059, abs=1e-5)]]
+
+
+def test_an_expert_weighs_what_it_activated_to_the_bits_of_two_steps() -> None:
+    outcomes = []
+    for is_one_step in (False, True):
+        gate_up, weights = _random(300, 24, dtype=torch.bfloat16), _random(300, 1, dtype=torch.float32)
+        # As MLP.forward of Megatron Core has it: in fp32, then rounded.
+        two_steps = (Swiglu(None)(gate_up) * weights).to(torch.bfloat16)
+        activated = _Swiglu.apply(gate_up, weights) if is_one_step else two_steps
+        activated.float().square().sum().backward()
+        outcomes.append((activated.detach(), gate_up.grad, weights.grad))
+    for two_steps, one_step in zip(*outcomes, strict=True):
+        assert torch.equal(two_steps, one_step)
 
 
 @pytest.mark.parametrize(
