@@ -289,7 +289,10 @@ class WeightGradient:
         if not hasattr(self.weight, "grad_added_to_main_grad"):
             return None
         self.weight.grad_added_to_main_grad = True
-        return None if getattr(self.weight, "lookup_follows", False) else torch.empty_like(self.weight)
+        if getattr(self.weight, "lookup_follows", False):
+            return None
+        # All activations are there: a dense dummy would add a gigabyte to an 8B model's peak. A sparse one has no element.
+        return torch.zeros(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device, layout=torch.sparse_coo)
 
 
 def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:

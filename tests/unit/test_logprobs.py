@@ -160,6 +160,10 @@ def test_megatrons_ddp_hook_finds_a_dummy_gradient_and_the_flag():
         vocab_parallel_logprobs(hidden_RH, weight, targets_R, group=None, vocab_start=0, vocab_size=40).backward(gradient_R)
         assert weight.grad_added_to_main_grad
         assert (weight.grad is None) == lookup_follows
+        if not lookup_follows:  # of the weight's size, and takes none of its memory
+            assert weight.grad.shape == weight.shape
+            assert weight.grad.is_sparse
+            assert weight.grad._nnz() == 0
 
 
 def test_no_rows_give_an_empty_result_whose_backward_still_runs():
