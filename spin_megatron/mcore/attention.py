@@ -268,16 +268,21 @@ def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, *
 
 
 def _add_in_one_order(node: Any) -> None:
-    """Let a node's backward run as under torch.use_deterministic_algorithms, which is all that makes torch's flash kernel add the queries'
-    gradients of a branch in one order. A pack has more branches and heads than a GPU has processors, so none of them waits for that."""
-    was_on: list[bool] = []
+    """Let a node's backward run with torch's deterministic algorithms, which is all that makes its flash kernel add the queries' gradients
+    of a branch in one order. A pack has more branches and heads than a GPU has processors, so none of them waits for that."""
+    was: list[tuple[int, bool]] = []
+    memory: Any = torch.utils.deterministic
 
+    # Not use_deterministic_algorithms, which also sets how torch.compile chooses kernels, and would end what the environment chose.
     def begin(_grad_outputs: Any) -> None:
-        was_on.append(torch.are_deterministic_algorithms_enabled())
-        torch.use_deterministic_algorithms(mode=True)
+        was.append((torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory))
+        torch.set_deterministic_debug_mode("error")
+        # What the kernel is about to write would be filled first, its fp32 sums twice: half a gigabyte a layer of an 8B model.
+        memory.fill_uninitialized_memory = False
 
     def end(_grad_inputs: Any, _grad_outputs: Any) -> None:
-        torch.use_deterministic_algorithms(was_on.pop())
+        mode, memory.fill_uninitialized_memory = was.pop()
+        torch.set_deterministic_debug_mode(mode)
 
     node.register_prehook(begin)
     node.register_hook(end)
