@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spin_megatron.data.batches import to_device
 from spin_megatron.mcore.context import own_tokens
 from spin_megatron.plan.shape import ModelShape
 
@@ -58,7 +59,7 @@ def rotary_table(branches_B4: Tensor, device: torch.device, num_tokens: int, siz
     for _, prefix, start, length in branches_B4.tolist():
         positions_T[start : start + length] = torch.arange(prefix, prefix + length)
     own_T = own_tokens(num_tokens, size, rank) if size > 1 else slice(None)
-    angles = positions_T[own_T, None, None].to(device, non_blocking=True) * inv_freq.to(device, non_blocking=True)
+    angles = to_device(positions_T[own_T, None, None], device) * to_device(inv_freq, device)
     return torch.stack((angles.cos(), angles.sin()))
 
 
