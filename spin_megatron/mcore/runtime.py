@@ -135,8 +135,10 @@ def _open_device(device: DeviceKind, opened: contextlib.ExitStack) -> torch.devi
     if local_rank >= visible:
         raise ValueError(f"LOCAL_RANK={local_rank}, but {visible} GPUs are visible on this machine; start at most {visible} ranks on it.")
     torch.cuda.set_device(local_rank)
-    # Transformer Engine: the log-probabilities of the reference and of the first step must be the same bits.
+    # The log-probabilities of the reference and of the first step must be the same bits: of Transformer Engine's kernels, and of cuBLAS',
+    # which promises them where its workspace is given. torch's own is as large on Hopper.
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return torch.device("cuda", local_rank)
 
 

@@ -1,5 +1,6 @@
 """Process groups: every rank stands where the layout says, and stopping leaves nothing behind."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from spin_megatron.mcore.cpu_shim import PATCHES, megatron_on_cpu
-from spin_megatron.mcore.runtime import Runtime, running, start_runtime
+from spin_megatron.mcore.runtime import Runtime, _open_device, running, start_runtime
 from spin_megatron.plan.shape import ParallelLayout
 from tests.parity.gloo import meeting_ports, run_ranks
 
@@ -130,3 +131,14 @@ def test_the_shim_restores_every_attribute_even_after_an_error() -> None:
     after = [vars(owner).get(attribute, "absent") for owner, attribute in replaced]
     assert all(old is new for old, new in zip(before, after, strict=True))
     assert len(replaced) >= 15
+
+
+def test_kernels_on_a_gpu_are_asked_for_the_same_bits_in_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    assert _open_device("cuda", contextlib.ExitStack()) == torch.device("cuda", 0)
+    # What is set stays the user's choice.
+    assert environment == {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
