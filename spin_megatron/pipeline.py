@@ -152,7 +152,7 @@ def _differences(config: RunConfig, layout: RunLayout, ref: StageRef, manifest: 
     changes = manifests.difference(manifest.inputs, inputs)
     causes = {SOURCE_INPUT: _changed_files(config, manifest)} if SOURCE_INPUT in changes else {}
     for need in STAGES[ref.name].needs(config, ref.iteration):
-        if (made := manifests.read_manifest(folder_of(layout, need))) is not None:
+        if str(need) in changes and (made := manifests.read_manifest(folder_of(layout, need))) is not None:
             causes[str(need)] = f"made at {made.finished_at}"
     return lines + [f"input {name}: {change}" + (f", {causes[name]}" if name in causes else "") for name, change in changes.items()]
 
