@@ -147,24 +147,14 @@ def stale_because(config: RunConfig, layout: RunLayout, ref: StageRef, manifest:
 
 def _differences(config: RunConfig, layout: RunLayout, ref: StageRef, manifest: Manifest) -> list[str]:
     inputs = inputs_of(config, layout, ref)
-    then, now = _comparable(manifest.settings, settings_of(config, ref))
-    lines = [f"{name}: {change}" for name, change in manifests.difference(then, now).items()]
+    settings = manifests.difference(manifest.settings, settings_of(config, ref), defaults=default_settings())
+    lines = [f"{name}: {change}" for name, change in settings.items()]
     changes = manifests.difference(manifest.inputs, inputs)
     causes = {SOURCE_INPUT: _changed_files(config, manifest)} if SOURCE_INPUT in changes else {}
     for need in STAGES[ref.name].needs(config, ref.iteration):
         if str(need) in changes and (made := manifests.read_manifest(folder_of(layout, need))) is not None:
             causes[str(need)] = f"made at {made.finished_at}"
     return lines + [f"input {name}: {change}" + (f", {causes[name]}" if name in causes else "") for name, change in changes.items()]
-
-
-def _comparable(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of a stage less those that only one version of this package knows for it, so that a run outlives an upgrade.
-
-    One that a later version added does at its default what was done before; one that does not decide the result any more may be any.
-    """
-    defaults = default_settings()
-    is_new = {name: name not in then and name in defaults and value == defaults[name] for name, value in now.items()}
-    return {name: value for name, value in then.items() if name in now}, {name: value for name, value in now.items() if not is_new[name]}
 
 
 def _changed_files(config: RunConfig, manifest: Manifest) -> str:

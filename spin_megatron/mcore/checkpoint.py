@@ -31,7 +31,7 @@ from spin_megatron.mcore.lora import has_adapters, sharded_adapters
 from spin_megatron.mcore.optimizer import Trainer, gather_weights
 from spin_megatron.mcore.optimizer_state import restore_state, sharded_state_to_load, sharded_state_to_save
 from spin_megatron.mcore.runtime import Runtime
-from spin_megatron.run.manifest import digest_file, fsync_tree, installed_versions, write_json
+from spin_megatron.run.manifest import difference, digest_file, fsync_tree, installed_versions, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -90,18 +90,18 @@ def save_weights(folder: Path, chunks: Sequence[nn.Module], runtime: Runtime, *,
     _save(folder, _by_chunk([_sharded_weights(chunk) for chunk in chunks]), kind="weights", facts={"recipe": dict(recipe)}, runtime=runtime)
 
 
-def require_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Check that a whole checkpoint was made with this recipe.
+def require_recipe(folder: Path, recipe: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None) -> None:
+    """Check that a whole checkpoint was made with this recipe; `defaults` as in `manifest.difference`.
 
     Raises:
         ValueError: it was not; the message lists the differences.
     """
-    then, now = _read_facts(folder, kind=None)["recipe"], json.loads(json.dumps(dict(recipe)))
-    changed = [f"{name}: {then.get(name)!r} -> {now.get(name)!r}" for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+    changed = difference(_read_facts(folder, kind=None)["recipe"], recipe, defaults=defaults)
     if changed:
+        lines = "\n  ".join(f"{name}: {change}" for name, change in changed.items())
         raise ValueError(
-            f"{folder} was made with other settings or inputs:\n  " + "\n  ".join(changed) + "\nRestore them to go on from it, or remove "
-            f"the folder {folder.parent} to train anew."
+            f"{folder} was made with other settings or inputs:\n  {lines}\nRestore them to go on from it, or remove the folder "
+            f"{folder.parent} to train anew."
         )
 
 
@@ -126,14 +126,16 @@ def newest_training(root: Path, runtime: Runtime) -> Path | None:
     return None if answer.item() < 0 else root / f"{_PREFIX}{int(answer.item()):08d}"
 
 
-def load_training(folder: Path, trainer: Trainer, runtime: Runtime, *, recipe: Mapping[str, Any]) -> Progress:
-    """Load weights, optimizer and random states. Collective.
+def load_training(
+    folder: Path, trainer: Trainer, runtime: Runtime, *, recipe: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> Progress:
+    """Load weights, optimizer and random states; recipe and defaults as in `require_recipe`. Collective.
 
     Raises:
         ValueError: the checkpoint is not one of training, was made with another recipe or schema, or its files are damaged.
     """
     facts = _read_facts(folder, kind="training")
-    require_recipe(folder, recipe)
+    require_recipe(folder, recipe, defaults=defaults)
     progress = Progress(**facts["progress"])
     sharded_weights = [_sharded_weights(chunk.module) for chunk in trainer.chunks]
     state = {**_by_chunk(sharded_weights), "optimizer": sharded_state_to_load(trainer, sharded_weights, num_updates=progress.num_updates)}

@@ -277,8 +277,16 @@ def verify_outputs(folder: Path, manifest: Manifest, *, digests: bool = False) -
     return problems
 
 
-def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> "then -> now", shortened, of every setting (or input) that a manifest records and that is another one now."""
+def difference(then: Mapping[str, Any], now: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Name -> "then -> now", shortened, of every setting (or input) that was recorded and is another one now.
+
+    Args:
+        defaults: of settings. Given, names that one version of this package alone knows are no difference, so that a run outlives an
+            upgrade: what was added since does at its default what was done before, what is gone does not decide the result any more.
+    """
+    if defaults is not None:
+        then = {name: value for name, value in then.items() if name in now}
+        now = {name: value for name, value in now.items() if name in then or name not in defaults or value != defaults[name]}
     before, after = ({name: _as_hashed(value) for name, value in values.items()} for values in (then, now))
     pairs = {name: (before.get(name, "absent"), after.get(name, "absent")) for name in sorted({*before, *after})}
     return {name: f"{_shortened(old)} -> {_shortened(new)}" for name, (old, new) in pairs.items() if old != new}

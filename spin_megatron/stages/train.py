@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from spin_megatron.config import OPERATIONAL, PER_ITERATION, flat_settings
+from spin_megatron.config import OPERATIONAL, PER_ITERATION, default_settings, flat_settings
 from spin_megatron.data.progress import PlannedStep, Progress, StepPlan
 from spin_megatron.data.schedule import Schedule
 from spin_megatron.mcore import checkpoint
@@ -116,7 +116,7 @@ def _is_finished(job: _Job) -> bool:
     is_finished = checkpoint.is_complete(layout.final_weights(t)) and layout.probe(t).exists()
     if not agreed_by_first_rank(is_finished, job.runtime):
         return False
-    checkpoint.require_recipe(layout.final_weights(t), job.recipe)
+    checkpoint.require_recipe(layout.final_weights(t), job.recipe, defaults=default_settings())
     return True
 
 
@@ -221,8 +221,9 @@ def _update_phase(job: _Job, trainer: Trainer, references: dict[str, ReferenceSc
     context, runtime, scalars = job.context, job.runtime, job.context.scalars
     root, settings = context.layout.checkpoints(context.iteration), context.config.train
     newest = checkpoint.newest_training(root, runtime)
-    progress = Progress() if newest is None else checkpoint.load_training(newest, trainer, runtime, recipe=job.recipe)
+    progress = Progress()
     if newest is not None:
+        progress = checkpoint.load_training(newest, trainer, runtime, recipe=job.recipe, defaults=default_settings())
         logger.info("resumed from %s after %d steps", newest, progress.step)
     plan = _step_plan(job, job.train)
     # The steps that the checkpoint holds; later ones were lost with the attempt that made them.

@@ -207,6 +207,10 @@ def test_other_settings_are_refused_with_their_difference(bench: Bench, tmp_path
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate: 0\.001 -> 0\.002"):
         load_training(folder, bench.trainer, bench.runtime, recipe=changed)
     require_recipe(folder, dict(RECIPE))
+    later = {"optimizer.momentum": 0.0} | {name: value for name, value in RECIPE.items() if name != "optimizer.learning_rate"}
+    require_recipe(folder, later, defaults={"optimizer.momentum": 0.0})  # of a version that adds one setting and drops another
+    with pytest.raises(ValueError, match=r"optimizer\.momentum: absent -> 0\.0"):
+        require_recipe(folder, later, defaults={"optimizer.momentum": 0.9})
 
 
 def test_a_truncated_file_is_refused_by_name(bench: Bench, tmp_path: Path) -> None:
