@@ -116,15 +116,9 @@ def open_or_start(arguments: argparse.Namespace, *, is_trial: bool = False) -> t
 
 def _same_run(frozen: RunConfig, config: RunConfig, layout: RunLayout) -> RunConfig:
     """The frozen config with this call's layout; anything else that differs is refused."""
-    then, now = frozen.model_dump(mode="json"), config.model_dump(mode="json")
-    differing = [
-        f"{section}.{key}: {then[section][key]!r} -> {now[section][key]!r}"
-        for section in now
-        for key in now[section]
-        if not _is_changeable(f"{section}.{key}") and then[section].get(key) != now[section][key]
-    ]
-    if differing:
-        lines = "\n  ".join(differing)
+    differing = manifests.difference(*(flat_settings(either, tuple(RunConfig.model_fields)) for either in (frozen, config)))
+    lines = "\n  ".join(f"{name}: {change}" for name, change in differing.items() if not _is_changeable(name))
+    if lines:
         raise ValueError(f"{layout.root} was started with other settings:\n  {lines}\nUse another --run-dir, or restore the settings.")
     changed: dict[str, Any] = {}
     for name in CHANGEABLE:
