@@ -94,6 +94,12 @@ class Renderer:
     def bos_id(self) -> int | None:
         return self._tokenizer.bos_token_id  # type: ignore[no-any-return]
 
+    @property
+    def writes_the_time(self) -> bool:
+        """Whether the template asks the clock, and not for a date_string: transformers hands it no function, so no clock can be set."""
+        template = str(self._tokenizer.chat_template)
+        return "strftime_now" in template and "date_string" not in template
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of ids with special tokens spelled out, for people."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -39,6 +39,8 @@ def run(context: StageContext) -> StageOutput:
     ordered = in_split_order(cleaned.examples, context.config.run.seed)
     folder = layout.theta(0)
     renderer = Renderer(folder, eos_ids=eos_token_ids(folder), system=data.system)
+    if renderer.writes_the_time:
+        logger.warning("the chat template in %s writes the time of rendering: prepared on another day, the prompts are others", folder)
     limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.over_long)
     wanted = None if data.num_examples is None else data.num_held_out + data.num_examples
     rendered = _render(renderer, ordered, limits, total=min(wanted or len(ordered), len(ordered)), show=context.show)

@@ -273,6 +273,14 @@ def test_a_template_that_does_not_close_answers_with_eos_is_an_error_with_the_cu
         renderer.render([example("hi", "yes")], WIDE)
 
 
+@pytest.mark.parametrize(
+    ("template", "writes_the_time"),
+    [("hi", False), ("{{ date_string or strftime_now('%d %b %Y') }}", False), ("{{ strftime_now('%Y-%m-%d') }}", True)],
+)
+def test_a_template_that_asks_the_clock_itself_is_known(template: str, writes_the_time: bool, tmp_path: Path) -> None:
+    assert make_renderer(tmp_path, chat_template=template).writes_the_time == writes_the_time
+
+
 def test_a_template_with_todays_date_renders_the_same_prompt_on_any_day(tmp_path: Path) -> None:
     dated = (
         "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string + '\n' }}"
