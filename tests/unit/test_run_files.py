@@ -232,12 +232,17 @@ def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in lines] == [(0, 0.0), (1, 1.0), (2, "nan")]
 
 
-@pytest.mark.parametrize("resumed_at", [1, 0])  # 0: killed before its first checkpoint, or made anew
-def test_tensorboard_shows_the_resumed_values_once(resumed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    # A file is named by the second it was made in; of one second, a tenth file of this process would be read before its ninth.
+@pytest.fixture
+def a_second_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Event files are named by the second they were made in; of one second, a tenth one of a process would be read before its ninth."""
     clock = itertools.count(time.time())
     monkeypatch.setattr(time, "time", lambda: next(clock))
+
+
+@pytest.mark.usefixtures("a_second_a_look")
+@pytest.mark.parametrize("resumed_at", [1, 0])  # 0: killed before its first checkpoint, or made anew
+def test_tensorboard_shows_the_resumed_values_once(resumed_at: int, tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first, values in ((0, (1.0, 2.0, 3.0)), (resumed_at, (20.0, 30.0))):
         writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resume_step=first)
         for step, value in enumerate(values, start=first):
@@ -249,6 +254,7 @@ def test_tensorboard_shows_the_resumed_values_once(resumed_at: int, tmp_path: Pa
     assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
 
 
+@pytest.mark.usefixtures("a_second_a_look")
 def test_tensorboard_shows_each_iteration_s_evaluation_once_and_a_repeated_one_anew(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for iteration, accuracy in ((0, 0.75), (1, 0.5), (1, 0.25)):
