@@ -152,16 +152,6 @@ def load_training(
     return progress
 
 
-def load_weights(folder: Path, chunks: Sequence[nn.Module]) -> None:
-    """Load the weights of a training or weights checkpoint into bare model chunks. Collective.
-
-    Raises:
-        ValueError: as `load_training`.
-    """
-    _read_facts(folder, kind=None)
-    _restore_weights(chunks, _load(folder, _by_chunk([_sharded_weights(chunk) for chunk in chunks])))
-
-
 def remove_training(root: Path) -> None:
     """Remove every training checkpoint below `root`; call it on one rank, when they are of no more use."""
     for folder in root.glob(f"{_PREFIX}*"):

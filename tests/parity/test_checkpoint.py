@@ -20,7 +20,6 @@ from spin_megatron.mcore.checkpoint import (
     COMPLETE_NAME,
     is_complete,
     load_training,
-    load_weights,
     newest_training,
     require_recipe,
     save_training,
@@ -32,7 +31,7 @@ from spin_megatron.mcore.runtime import Runtime, running
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from tests.parity.gloo import meeting_ports, run_ranks
 from tests.parity.tiny_models import MODELS, make_tiny_model
-from tests.parity.updates import Bench, make_bench, make_steps, numbers_of, weight_bits
+from tests.parity.updates import Bench, load_weights, make_bench, make_steps, numbers_of, weight_bits
 
 ADAMW, RMSPROP = UpdateRule("adamw", weight_decay=0.1), UpdateRule("rmsprop")
 RECIPE = {"optimizer.learning_rate": 1e-3, "input.pairs": "abc"}

@@ -297,9 +297,9 @@ def test_skips_before_a_stop_count_with_those_after_it(tmp_path: Path) -> None:
 
 
 def test_the_final_weights_are_those_that_the_probe_was_scored_with(undisturbed: RunLayout) -> None:
-    from spin_megatron.mcore.checkpoint import load_weights
     from spin_megatron.mcore.reference import PackedPairs, score_pairs
     from tests.parity.train_run import PACK_TOKENS
+    from tests.parity.updates import load_weights
 
     held_out = PackedPairs.read(
         undisturbed.held_out_pairs(0), undisturbed.held_out_packs(0), pack_tokens=PACK_TOKENS, share_prompt=True

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch import nn
 
 from spin_megatron.data.batches import pair_tokens
 from spin_megatron.data.packing import plan_packs
@@ -74,6 +77,19 @@ def make_bench(
     # Small enough that the head of a tiny model has a bucket of its own, as a real one has.
     trainer = build_trainer(chunks, rule, overlap=overlap, bucket_elements=8_000 if overlap else None)
     return Bench(runtime, trainer, packed, {score.pair_id: score for score in scores[0]})
+
+
+def load_weights(folder: Path, chunks: Sequence[nn.Module]) -> None:
+    """Fill bare chunks with a checkpoint's weights as Megatron Core alone reads them, under its own model's keys. Collective."""
+    wanted = {
+        f"model{index}": {name: value for name, value in chunk.sharded_state_dict().items() if not isinstance(value, ShardedObject)}
+        for index, chunk in enumerate(chunks)
+    }
+    loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+        assert not unexpected
+        assert dict(chunk.named_parameters()).keys().isdisjoint(missing)
 
 
 def make_steps(

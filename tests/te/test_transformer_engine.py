@@ -11,7 +11,7 @@ from torch import Tensor
 from spin_megatron.data.batches import make_batch
 from spin_megatron.mcore import model as models
 from spin_megatron.mcore import runtime as runtimes
-from spin_megatron.mcore.checkpoint import load_weights, save_weights
+from spin_megatron.mcore.checkpoint import save_weights
 from spin_megatron.mcore.cpu_shim import PATCHES, megatron_on_cpu
 from spin_megatron.mcore.layers import LayerSpec, SpecKind
 from spin_megatron.mcore.model import SpinModel, build_model, global_parameters, load_huggingface
@@ -27,6 +27,7 @@ from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.run.records import ReferenceScore
 from tests.parity.fake_ranks import fake_rank
 from tests.parity.tiny_models import EXPERT_MODELS, make_pairs
+from tests.parity.updates import load_weights
 from tests.te.kinds import FAMILIES, KINDS, PACK_TOKENS, layouts_of, on_meta, reference_and_step, saved_keys, use
 
 RECIPES: dict[PrecisionName, str] = {
