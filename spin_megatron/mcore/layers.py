@@ -19,8 +19,9 @@ from torch import Tensor
 
 from spin_megatron.mcore.attention import Backend, BranchAttention
 from spin_megatron.mcore.context import plan_context
-from spin_megatron.mcore.rotary import rotary_table, row_blocks
+from spin_megatron.mcore.rotary import rotary_table
 from spin_megatron.mcore.varlen import PlanCache
+from spin_megatron.objective.cache_blocks import cache_blocks
 
 SpecKind = Literal["local", "transformer_engine"]
 
@@ -94,11 +95,11 @@ def _submodules(spec: Any) -> Any:
     return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
 
 
-def make_inputs_again(layer: torch.nn.Module) -> None:
-    """Let a local layer's products keep no input that a norm or an activation of this file makes: it is made again in the backward."""
+def make_inputs_again(model: torch.nn.Module) -> None:
+    """Let the products of local layers keep no input that a norm or an activation of this file makes: it is made again in the backward."""
     from megatron.core.transformer.mlp import MLP
 
-    for name, module in layer.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, MLP) and ".local_experts." in name:
             module.forward = functools.partial(_weighted_expert, module)
         if name.endswith(("linear_qkv", "linear_fc1", "linear_fc2")):
@@ -164,7 +165,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         hidden = hidden.contiguous()  # keys are a view of the projection's whole output, which saving the view would keep
         scale = hidden.new_empty((*hidden.shape[:-1], 1), dtype=_at_least_float32(hidden[:0]).dtype)
-        for hidden_rows, scale_rows in row_blocks(hidden, scale):
+        for hidden_rows, scale_rows in cache_blocks(hidden, scale):
             scale_rows.copy_(_at_least_float32(hidden_rows).square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_())
         ctx.save_for_backward(hidden, weight_H, scale)
         normed = torch.empty_like(hidden)
@@ -174,7 +175,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def fill(normed: Tensor, hidden: Tensor, weight_H: Tensor, scale: Tensor) -> None:
         """Write the output from what forward saved."""
-        for hidden_rows, scale_rows, normed_rows in row_blocks(hidden, scale, normed):
+        for hidden_rows, scale_rows, normed_rows in cache_blocks(hidden, scale, normed):
             torch.mul(hidden_rows, scale_rows, out=normed_rows).mul_(weight_H)
 
     @staticmethod
@@ -182,7 +183,7 @@ class _RmsNorm(torch.autograd.Function):
         hidden, weight_H, scale = ctx.saved_tensors
         wide_weight_H = weight_H.to(scale.dtype)
         dhidden, dweight_H = torch.empty_like(hidden), torch.zeros_like(wide_weight_H)
-        for hidden_rows, scale_rows, grad_rows, dhidden_rows in row_blocks(hidden, scale, grad, dhidden):
+        for hidden_rows, scale_rows, grad_rows, dhidden_rows in cache_blocks(hidden, scale, grad, dhidden):
             normed = hidden_rows * scale_rows
             product = grad_rows * normed
             if ctx.needs_input_grad[1]:  # beside LoRA adapters the weight is frozen
@@ -227,7 +228,7 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def fill(activated: Tensor, gate_up: Tensor, weights: Tensor | None) -> None:
         """Write the output from what forward saved."""
-        for gate, up, activated_rows in row_blocks(*gate_up.chunk(2, dim=-1), activated):
+        for gate, up, activated_rows in cache_blocks(*gate_up.chunk(2, dim=-1), activated):
             torch.ops.aten.silu.out(gate, out=activated_rows).mul_(up)
         if weights is not None:
             activated.mul_(weights)
@@ -242,7 +243,7 @@ class _Swiglu(torch.autograd.Function):
             dweights = (grad * activated.to(weights.dtype)).sum(dim=-1, keepdim=True)
             grad = activated.copy_(grad * weights)
         dgate_up = torch.empty_like(gate_up)
-        for gate, up, grad_rows, dgate, dup in row_blocks(*gate_up.chunk(2, dim=-1), grad, *dgate_up.chunk(2, dim=-1)):
+        for gate, up, grad_rows, dgate, dup in cache_blocks(*gate_up.chunk(2, dim=-1), grad, *dgate_up.chunk(2, dim=-1)):
             torch.mul(grad_rows, F.silu(gate), out=dup)
             torch.ops.aten.silu_backward.grad_input(grad_rows * up, gate, grad_input=dgate)
         return dgate_up, dweights

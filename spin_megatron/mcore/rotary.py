@@ -1,4 +1,4 @@
-"""Rotary positions of packs (arXiv 2104.09864), and how a CPU works through a tensor that is larger than its cache.
+"""Rotary positions of packs (arXiv 2104.09864).
 
 Megatron Core rotates with a table that each layer makes and keeps for queries and for keys, in a dozen passes over them. Here the
 positions follow from a pack's branches, one table serves all layers, and a rotation takes four passes and keeps nothing else.
@@ -7,7 +7,6 @@ Shapes: T tokens of the pack (a context rank holds some of them), B branches, N 
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from spin_megatron.data.batches import to_device
 from spin_megatron.mcore.context import own_tokens
+from spin_megatron.objective.cache_blocks import cache_blocks
 from spin_megatron.plan.shape import ModelShape
-
-BLOCK_NUMBERS = 2**17  # half a megabyte of fp32
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:
@@ -83,17 +81,9 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(heads_TND: Tensor, table_2T1D: Tensor, sign: int) -> Tensor:
     rotated_TND = torch.empty(heads_TND.shape, dtype=heads_TND.dtype, device=heads_TND.device)
-    for heads, rotated, cosine, sine in row_blocks(heads_TND, rotated_TND, *table_2T1D.to(heads_TND.dtype)):
+    for heads, rotated, cosine, sine in cache_blocks(heads_TND, rotated_TND, *table_2T1D.to(heads_TND.dtype)):
         first, second = heads.chunk(2, dim=-1)
         rotated_first, rotated_second = rotated.chunk(2, dim=-1)
         torch.mul(first, cosine, out=rotated_first).addcmul_(second, sine, value=-sign)
         torch.mul(second, cosine, out=rotated_second).addcmul_(first, sine, value=sign)
     return rotated_TND
-
-
-def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each tensor, a block at a time: on a CPU so few of the first that what lies between operators stays in the cache."""
-    first, num_rows = tensors[0], max(1, tensors[0].shape[0])
-    block = max(1, BLOCK_NUMBERS * num_rows // max(1, first.numel())) if first.device.type == "cpu" else num_rows
-    # Views are made in one call a tensor: slices of slices for each operator took as long as the operators of a small block.
-    return zip(*(tensor.split(block) for tensor in tensors), strict=True)

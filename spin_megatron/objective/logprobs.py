@@ -24,11 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spin_megatron.objective.cache_blocks import cache_blocks
+
 IGNORED = -1  # target of a row that has none: value and gradient are exactly 0
 ROW_BLOCK = 1024
 VOCAB_CHUNK = 4096
 KEPT_BYTES = 128 * 2**20
-CACHED_NUMBERS = 2**17  # half a megabyte of fp32
 
 # fp32 logits [B, C] kept from forward, by the tile's first row and first local column.
 KeptTiles = dict[tuple[int, int], Tensor]
@@ -203,7 +204,7 @@ def local_statistics(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, sp
             logits_BC = _tile_logits(hidden_RH[rows], weight_CH, spec.temperature, place_tile(tile, rows, columns, kept))
             index_B, is_here_B = _target_columns(targets_R[rows], columns, spec.vocab_start)
             target_R[rows] += torch.where(is_here_B, logits_BC.gather(1, index_B[:, None])[:, 0], 0.0)
-            for logits, maximum, exponentials in _in_cache(logits_BC, maximum_R[rows], sum_R[rows]):
+            for logits, maximum, exponentials in cache_blocks(logits_BC, maximum_R[rows], sum_R[rows]):
                 new_maximum = torch.maximum(maximum, logits.amax(dim=1))
                 exponentials.mul_(torch.exp(maximum - new_maximum)).add_((logits - new_maximum[:, None]).exp_().sum(dim=1))
                 maximum.copy_(new_maximum)
@@ -229,7 +230,7 @@ def head_gradients(
             error_BC = kept.pop((rows.start, columns.start), None)
             if error_BC is None:
                 error_BC = _tile_logits(hidden_RH[rows], weight_CH, spec.temperature, tile.at(rows, columns))
-            for logits, lse in _in_cache(error_BC, lse_B):
+            for logits, lse in cache_blocks(error_BC, lse_B):
                 logits.sub_(lse[:, None]).exp_()  # softmax
             index_B, is_here_B = _target_columns(targets_B, columns, spec.vocab_start)
             error_BC.scatter_add_(1, index_B[:, None], -is_here_B[:, None].to(dtype))  # softmax - onehot
@@ -346,12 +347,6 @@ def place_tile(tile: SharedTile, rows: slice, columns: slice, kept: KeptTiles) -
         return tile.at(rows, columns)
     kept[rows.start, columns.start] = torch.empty(shape, dtype=dtype, device=tile.like.device)
     return kept[rows.start, columns.start]
-
-
-def _in_cache(tile_BC: Tensor, *by_row_B: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each, so few at a time that what is made of them stays in a core's cache."""
-    num_rows = max(1, CACHED_NUMBERS // tile_BC.shape[1])
-    return zip(*(tensor.split(num_rows) for tensor in (tile_BC, *by_row_B)), strict=True)
 
 
 def _tile_logits(hidden_BH: Tensor, weight_CH: Tensor, temperature: float, logits_BC: Tensor) -> Tensor:
