@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spin_megatron.convert.families import Parameter, cut_rows, parameters, row_blocks
+from spin_megatron.convert.families import WholeParameter, cut_rows, parameters, row_blocks
 from spin_megatron.convert.hf_io import HfFolder
 from spin_megatron.convert.saved_checkpoint import SavedCheckpoint, SavedTensor
 from spin_megatron.plan.adapters import FACTOR_A, FACTOR_B
@@ -66,7 +66,7 @@ class MergedCheckpoint(SavedCheckpoint):
         return (own.float() + delta).to(self._dtype)
 
 
-def read_factors(adapters: SavedCheckpoint, entry: Parameter, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+def read_factors(adapters: SavedCheckpoint, entry: WholeParameter, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
     """A [R, I] and rows [start, stop) of B [O, R] beside a parameter; None where it has no adapter."""
     key_a, key_b = (f"{entry.saved[0].removesuffix('weight')}{factor}" for factor in (FACTOR_A, FACTOR_B))
     if key_a not in adapters.tensors:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from spin_megatron.plan.model_config import Family
+from spin_megatron.plan.parameters import padded_vocab
 from spin_megatron.plan.shape import ModelShape
 
 Kind = Literal["replicated", "vocab", "input", "qkv", "gate_up"]
@@ -135,7 +136,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Parameter:
+class WholeParameter:
     """One Megatron parameter of the whole model: a rule with its numbers filled in.
 
     shape: of the whole parameter, not split, vocabulary not padded. saved: its keys in a torch_dist checkpoint, where
@@ -160,11 +161,6 @@ class RowBlock:
     source: int
     start: int
     stop: int
-
-
-def padded_vocab(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of embedding and head over all tensor ranks: the vocabulary rounded up so that every rank holds as many."""
-    return -(-vocab_size // tensor_parallel) * tensor_parallel
 
 
 def normalised_name(name: str) -> str | None:
@@ -215,14 +211,14 @@ def _dimensions(shape: ModelShape, letters: str) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in letters)
 
 
-def _filled(rule: Rule, shape: ModelShape, layer: int | None, expert: int | None) -> Parameter:
+def _filled(rule: Rule, shape: ModelShape, layer: int | None, expert: int | None) -> WholeParameter:
     sources = tuple(Source(name.format(layer=layer, expert=expert), _dimensions(shape, letters)) for name, letters in rule.sources)
     key = rule.megatron.replace("layers.{layer}.", "layers.").replace("local_experts.{expert}.", "experts.")
     indices = tuple(number for number in (layer, expert) if number is not None)
-    return Parameter(rule.megatron.format(layer=layer, expert=expert), rule.kind, sources, rule.saved or (key,), indices)
+    return WholeParameter(rule.megatron.format(layer=layer, expert=expert), rule.kind, sources, rule.saved or (key,), indices)
 
 
-def parameters(shape: ModelShape) -> Iterator[Parameter]:
+def parameters(shape: ModelShape) -> Iterator[WholeParameter]:
     """Every Megatron parameter of the whole model; of tied embeddings only the embedding, not the head's copy of it."""
     for rule in _table(shape).values():
         if rule.megatron == "output_layer.weight" and shape.tied_embeddings:
@@ -232,7 +228,7 @@ def parameters(shape: ModelShape) -> Iterator[Parameter]:
                 yield _filled(rule, shape, layer, expert)
 
 
-def parameter(name: str, shape: ModelShape) -> Parameter:
+def parameter(name: str, shape: ModelShape) -> WholeParameter:
     """Look up one Megatron parameter by its global name (see `global_name`).
 
     Raises:
@@ -254,7 +250,7 @@ def expected_huggingface_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return {source.name: source.shape for entry in parameters(shape) for source in entry.sources}
 
 
-def row_blocks(entry: Parameter, shape: ModelShape) -> list[RowBlock]:
+def row_blocks(entry: WholeParameter, shape: ModelShape) -> list[RowBlock]:
     """How dimension 0 of a whole parameter is put together from its sources' rows, in order."""
     if entry.kind != "qkv":
         return [RowBlock(index, 0, source.shape[0]) for index, source in enumerate(entry.sources)]
@@ -323,7 +319,7 @@ def megatron_shard(name: str, shape: ModelShape, fetch: Fetch, tensor_parallel: 
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _shard_rows(entry: Parameter, shape: ModelShape, local: tuple[int, ...], tensor_rank: int) -> list[RowBlock]:
+def _shard_rows(entry: WholeParameter, shape: ModelShape, local: tuple[int, ...], tensor_rank: int) -> list[RowBlock]:
     blocks = row_blocks(entry, shape)
     if entry.kind == "replicated":
         return blocks

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from spin_megatron.convert.adapters import MergedCheckpoint
-from spin_megatron.convert.families import Parameter, cut_rows, parameters, row_blocks
+from spin_megatron.convert.families import WholeParameter, cut_rows, parameters, row_blocks
 from spin_megatron.convert.hf_io import DTYPES, HfFolder, check_tensors, copy_tokenizer_files, is_carried, write_config_both_dialects
 from spin_megatron.convert.read_ahead import ahead
 from spin_megatron.convert.safetensors_writer import PlannedFile, PlannedTensor, open_file, plan_files, write_index
@@ -115,7 +115,7 @@ def _pieces(folder: HfFolder, shape: ModelShape) -> Iterator[Piece]:
                 yield Piece(f"{key} {entry.indices}", key, dtype, (*stack, *entry.shape), offsets, sizes, read, read_ahead)
 
 
-def _row_ranges(entry: Parameter, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+def _row_ranges(entry: WholeParameter, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     """Row ranges of a whole parameter of at most PIECE_BYTES each; of gate_up none lies in both halves, so none is copied."""
     step = max(1, PIECE_BYTES // (prod(entry.shape[1:]) * dtype.itemsize))
     bounds = [0, entry.shape[0] // 2, entry.shape[0]] if entry.kind == "gate_up" else [0, entry.shape[0]]
@@ -124,7 +124,7 @@ def _row_ranges(entry: Parameter, dtype: torch.dtype) -> Iterator[tuple[int, int
             yield start, min(start + step, last)
 
 
-def _source_rows(entry: Parameter, shape: ModelShape, start: int, stop: int) -> list[tuple[str, int, int]]:
+def _source_rows(entry: WholeParameter, shape: ModelShape, start: int, stop: int) -> list[tuple[str, int, int]]:
     """(Hugging Face name, first row, last row) of what makes rows [start, stop) of a Megatron parameter."""
     return [(entry.sources[block.source].name, block.start, block.stop) for block in cut_rows(row_blocks(entry, shape), start, stop)]
 
@@ -353,7 +353,7 @@ class StoredWeights:
         entry, source = self._entries[name]
         return entry.sources[source].shape
 
-    def _key(self, entry: Parameter) -> str:
+    def _key(self, entry: WholeParameter) -> str:
         """The key under which the checkpoint holds a parameter, after checking its shape."""
         key = next((key for key in entry.saved if key in self._saved.tensors), None)
         if key is None:
@@ -368,7 +368,7 @@ class StoredWeights:
         return key
 
 
-def _fits(found: SavedTensor, stack: Sequence[int], entry: Parameter) -> bool:
+def _fits(found: SavedTensor, stack: Sequence[int], entry: WholeParameter) -> bool:
     expected = (*stack, *entry.shape)
     if entry.kind == "vocab":  # padded to a multiple of the tensor ranks that saved it
         return len(found.shape) == 2 and found.shape[0] >= expected[0] and found.shape[1] == expected[1]

@@ -22,7 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from spin_megatron.convert.families import Fetch, global_name, megatron_shard, padded_vocab
+from spin_megatron.convert.families import Fetch, global_name, megatron_shard
 from spin_megatron.convert.hf_io import HfFolder, check_tensors
 from spin_megatron.data.batches import to_device
 from spin_megatron.mcore.attention import choose_backend
@@ -34,6 +34,7 @@ from spin_megatron.mcore.precision import Fp8, require_fp8
 from spin_megatron.mcore.rotary import inverse_frequencies, rotary_angles
 from spin_megatron.mcore.runtime import Runtime
 from spin_megatron.objective.logprobs import KEPT_BYTES, vocab_parallel_logprobs
+from spin_megatron.plan.parameters import padded_vocab
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.run.telemetry import progress_bar
 

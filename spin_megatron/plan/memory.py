@@ -10,7 +10,7 @@ from typing import Literal
 from spin_megatron.plan.adapters import ROW_PARALLEL, AdapterShape
 from spin_megatron.plan.hardware import GIB
 from spin_megatron.plan.parameters import (
-    Parameter,
+    RankParameter,
     adapter_parameters,
     build_buffer,
     padded_vocab,
@@ -176,7 +176,7 @@ def _bucket_elements(layout: ParallelLayout, settings: TrainSettings) -> int | N
     return max(40_000_000, 1_000_000 * layout.data) if settings.overlap_data and layout.data * layout.context > 1 else None
 
 
-def trained_parameters(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> list[list[Parameter]]:
+def trained_parameters(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, pipeline_rank: int) -> list[list[RankParameter]]:
     """What of a rank has gradients, chunk by chunk: everything, or the adapters alone."""
     chunks = rank_parameters(shape, layout, pipeline_rank)
     if settings.adapters is None:
@@ -383,7 +383,7 @@ def head_bytes(shape: ModelShape, layout: ParallelLayout, settings: TrainSetting
     gathered = (tokens if layout.sequence else 0) * shape.hidden_size * element
     selected = rows * shape.hidden_size * (element + FLOAT32_BYTES)
     # Kept logits are those of Megatron Core's own loss: bf16 and their fp32 copy.
-    columns = padded_vocab(shape, layout.tensor) / layout.tensor
+    columns = padded_vocab(shape.vocab_size, layout.tensor) / layout.tensor
     if settings.recompute_logits:
         tile, panel = min(rows, _TILE_ROWS) * min(columns, _TILE_COLUMNS), min(rows, _PANEL_ROWS) * min(columns, _PANEL_COLUMNS)
         logits = tile * FLOAT32_BYTES + panel * element + min(settings.kept_logit_bytes, rows * columns * FLOAT32_BYTES)

@@ -19,7 +19,7 @@ _BUCKET_ALIGNMENT = 128
 
 
 @dataclass(frozen=True)
-class Parameter:
+class RankParameter:
     """One tensor of one rank.
 
     name: as in `named_parameters()` of the local layer spec, layers counted from 0 within the chunk.
@@ -34,12 +34,12 @@ class Parameter:
     is_shared: bool = False
 
 
-def padded_vocab(shape: ModelShape, tensor: int) -> int:
+def padded_vocab(vocab_size: int, tensor: int) -> int:
     """Rows of embedding and head over all tensor ranks: the vocabulary, rounded up so that every rank holds as many."""
-    return math.ceil(shape.vocab_size / tensor) * tensor
+    return _round_up(vocab_size, tensor)
 
 
-def chunk_parameters(shape: ModelShape, layout: ParallelLayout, pipeline_rank: int, chunk: int = 0) -> list[Parameter]:
+def chunk_parameters(shape: ModelShape, layout: ParallelLayout, pipeline_rank: int, chunk: int = 0) -> list[RankParameter]:
     """Parameters of one model chunk of a rank, in the order of `named_parameters()`. All tensor ranks hold the same sizes.
 
     Args:
@@ -49,61 +49,61 @@ def chunk_parameters(shape: ModelShape, layout: ParallelLayout, pipeline_rank: i
     is_first = pipeline_rank == 0 and chunk == 0
     is_last = pipeline_rank == layout.pipeline - 1 and chunk == layout.virtual_pipeline - 1
     is_shared = shape.tied_embeddings and layout.pipeline > 1
-    vocab_numel = padded_vocab(shape, layout.tensor) // layout.tensor * shape.hidden_size
+    vocab_numel = padded_vocab(shape.vocab_size, layout.tensor) // layout.tensor * shape.hidden_size
     parameters = []
     if is_first:
-        parameters.append(Parameter("embedding.word_embeddings.weight", vocab_numel, is_shared=is_shared))
+        parameters.append(RankParameter("embedding.word_embeddings.weight", vocab_numel, is_shared=is_shared))
     for layer in range(layout.layers_of_chunk(shape.num_layers, pipeline_rank, chunk)):
         parameters += _layer(shape, layout, f"decoder.layers.{layer}")
     if is_last:
-        parameters.append(Parameter("decoder.final_layernorm.weight", shape.hidden_size))
+        parameters.append(RankParameter("decoder.final_layernorm.weight", shape.hidden_size))
         if is_shared or not shape.tied_embeddings:
-            parameters.append(Parameter("output_layer.weight", vocab_numel, is_shared=is_shared))
+            parameters.append(RankParameter("output_layer.weight", vocab_numel, is_shared=is_shared))
     return parameters
 
 
-def _layer(shape: ModelShape, layout: ParallelLayout, prefix: str) -> list[Parameter]:
+def _layer(shape: ModelShape, layout: ParallelLayout, prefix: str) -> list[RankParameter]:
     hidden = shape.hidden_size
     attention = f"{prefix}.self_attention"
     qkv_rows = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // layout.tensor
     parameters = [
-        Parameter(f"{prefix}.input_layernorm.weight", hidden),
-        Parameter(f"{attention}.linear_proj.weight", hidden * shape.num_heads * shape.head_dim // layout.tensor),
-        Parameter(f"{attention}.linear_qkv.weight", qkv_rows * hidden),
+        RankParameter(f"{prefix}.input_layernorm.weight", hidden),
+        RankParameter(f"{attention}.linear_proj.weight", hidden * shape.num_heads * shape.head_dim // layout.tensor),
+        RankParameter(f"{attention}.linear_qkv.weight", qkv_rows * hidden),
     ]
     if shape.qkv_bias:
-        parameters.append(Parameter(f"{attention}.linear_qkv.bias", qkv_rows))
+        parameters.append(RankParameter(f"{attention}.linear_qkv.bias", qkv_rows))
     if shape.qk_norm:
-        parameters += [Parameter(f"{attention}.{name}_layernorm.weight", shape.head_dim) for name in ("q", "k")]
-    parameters.append(Parameter(f"{prefix}.pre_mlp_layernorm.weight", hidden))
+        parameters += [RankParameter(f"{attention}.{name}_layernorm.weight", shape.head_dim) for name in ("q", "k")]
+    parameters.append(RankParameter(f"{prefix}.pre_mlp_layernorm.weight", hidden))
     return parameters + (_dense_mlp(shape, layout, prefix) if shape.num_experts is None else _experts(shape, layout, prefix))
 
 
-def _dense_mlp(shape: ModelShape, layout: ParallelLayout, prefix: str) -> list[Parameter]:
+def _dense_mlp(shape: ModelShape, layout: ParallelLayout, prefix: str) -> list[RankParameter]:
     numel = shape.hidden_size * shape.ffn_hidden_size // layout.tensor
-    return [Parameter(f"{prefix}.mlp.linear_fc1.weight", 2 * numel), Parameter(f"{prefix}.mlp.linear_fc2.weight", numel)]
+    return [RankParameter(f"{prefix}.mlp.linear_fc1.weight", 2 * numel), RankParameter(f"{prefix}.mlp.linear_fc2.weight", numel)]
 
 
-def _experts(shape: ModelShape, layout: ParallelLayout, prefix: str) -> list[Parameter]:
+def _experts(shape: ModelShape, layout: ParallelLayout, prefix: str) -> list[RankParameter]:
     assert shape.num_experts is not None
     assert shape.expert_ffn_hidden_size is not None
     numel = shape.hidden_size * shape.expert_ffn_hidden_size // layout.tensor
-    parameters = [Parameter(f"{prefix}.mlp.router.weight", shape.num_experts * shape.hidden_size)]
+    parameters = [RankParameter(f"{prefix}.mlp.router.weight", shape.num_experts * shape.hidden_size)]
     for expert in range(shape.num_experts // layout.expert):
         name = f"{prefix}.mlp.experts.local_experts.{expert}"
-        parameters.append(Parameter(f"{name}.linear_fc1.weight", 2 * numel, is_expert=True))
-        parameters.append(Parameter(f"{name}.linear_fc2.weight", numel, is_expert=True))
+        parameters.append(RankParameter(f"{name}.linear_fc1.weight", 2 * numel, is_expert=True))
+        parameters.append(RankParameter(f"{name}.linear_fc2.weight", numel, is_expert=True))
     return parameters
 
 
-def rank_parameters(shape: ModelShape, layout: ParallelLayout, pipeline_rank: int) -> list[list[Parameter]]:
+def rank_parameters(shape: ModelShape, layout: ParallelLayout, pipeline_rank: int) -> list[list[RankParameter]]:
     """Parameters of all model chunks of a rank, chunk by chunk."""
     return [chunk_parameters(shape, layout, pipeline_rank, chunk) for chunk in range(layout.virtual_pipeline)]
 
 
 def adapter_parameters(
-    parameters: Iterable[Parameter], shape: ModelShape, layout: ParallelLayout, adapters: AdapterShape
-) -> list[Parameter]:
+    parameters: Iterable[RankParameter], shape: ModelShape, layout: ParallelLayout, adapters: AdapterShape
+) -> list[RankParameter]:
     """The LoRA factors beside a chunk's parameters, in the order of `named_parameters()`: all that is trained then."""
     inputs = {
         "qkv": shape.hidden_size,
@@ -117,8 +117,8 @@ def adapter_parameters(
         for suffix, columns in suffixes.items():
             if parameter.name.endswith(suffix):
                 linear = parameter.name.removesuffix("weight")
-                found.append(Parameter(f"{linear}{FACTOR_A}", adapters.rank * columns))
-                found.append(Parameter(f"{linear}{FACTOR_B}", parameter.numel // columns * adapters.rank))
+                found.append(RankParameter(f"{linear}{FACTOR_A}", adapters.rank * columns))
+                found.append(RankParameter(f"{linear}{FACTOR_B}", parameter.numel // columns * adapters.rank))
     return found
 
 
@@ -150,7 +150,7 @@ class Buffer:
         return held
 
 
-def build_buffer(parameters: Sequence[Parameter], *, num_ranks: int, is_sharded: bool, bucket_elements: int | None = None) -> Buffer:
+def build_buffer(parameters: Sequence[RankParameter], *, num_ranks: int, is_sharded: bool, bucket_elements: int | None = None) -> Buffer:
     """Lay a chunk's parameters out as Megatron Core's `_ParamAndGradBuffer` does: last parameter first.
 
     Args:
@@ -186,10 +186,10 @@ def build_buffer(parameters: Sequence[Parameter], *, num_ranks: int, is_sharded:
     return Buffer(position, tuple(buckets), tuple(ranges))
 
 
-def split_by_kind(parameters: Iterable[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
+def split_by_kind(parameters: Iterable[RankParameter]) -> tuple[list[RankParameter], list[RankParameter]]:
     """(dense, expert) parameters: Megatron Core keeps them in separate buffers."""
-    dense: list[Parameter] = []
-    expert: list[Parameter] = []
+    dense: list[RankParameter] = []
+    expert: list[RankParameter] = []
     for parameter in parameters:
         (expert if parameter.is_expert else dense).append(parameter)
     return dense, expert

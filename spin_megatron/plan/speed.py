@@ -250,7 +250,7 @@ def _link(gpu: Gpu, span: int, members: int) -> float:
 def head_time(shape: ModelShape, layout: ParallelLayout, settings: TrainSettings, gpu: Gpu) -> PassTime:
     """The vocab-parallel head on its rows; its backward computes the logits again unless they are kept (logprobs.py: 8 not 6 RHV)."""
     tokens = settings.pack_tokens / layout.context
-    columns = padded_vocab(shape, layout.tensor) / layout.tensor
+    columns = padded_vocab(shape.vocab_size, layout.tensor) / layout.tensor
     rows = tokens * settings.head_rows
     products = 2 * rows * shape.hidden_size * columns / (gpu.bf16_flops * HEAD_SHARE)
     epilogue = rows * columns * FLOAT32_BYTES / (gpu.memory_bandwidth * MEMORY_SHARE)

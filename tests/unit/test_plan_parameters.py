@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from spin_megatron.convert import families
 from spin_megatron.plan.parameters import (
-    Parameter,
+    RankParameter,
     build_buffer,
     chunk_parameters,
     count_parameters,
@@ -54,8 +53,8 @@ def test_virtual_stages_put_the_embedding_first_and_the_head_last() -> None:
 
 
 @pytest.mark.parametrize(("vocab_size", "tensor", "rows"), [(10, 1, 10), (10, 4, 12), (128256, 8, 128256), (32001, 8, 32008), (7, 8, 8)])
-def test_the_vocabulary_is_padded_as_the_converter_pads_it(vocab_size: int, tensor: int, rows: int) -> None:
-    assert padded_vocab(replace(SMALL, vocab_size=vocab_size), tensor) == rows == families.padded_vocab(vocab_size, tensor)
+def test_the_vocabulary_is_padded_to_as_many_rows_a_rank(vocab_size: int, tensor: int, rows: int) -> None:
+    assert padded_vocab(vocab_size, tensor) == rows
 
 
 def test_experts_are_split_over_expert_ranks_and_routers_are_not() -> None:
@@ -69,13 +68,13 @@ def test_experts_are_split_over_expert_ranks_and_routers_are_not() -> None:
 
 
 def test_an_unsharded_buffer_has_no_padding_and_runs_backwards() -> None:
-    buffer = build_buffer([Parameter("a", 100), Parameter("b", 30)], num_ranks=2, is_sharded=False)
+    buffer = build_buffer([RankParameter("a", 100), RankParameter("b", 30)], num_ranks=2, is_sharded=False)
     assert buffer.parameters == ((0, 30), (30, 130))
     assert (buffer.num_elements, buffer.buckets) == (130, ((0, 130),))
 
 
 def test_a_sharded_buffer_aligns_starts_to_64_and_its_end_to_the_ranks() -> None:
-    buffer = build_buffer([Parameter("a", 100), Parameter("b", 30)], num_ranks=3, is_sharded=True)
+    buffer = build_buffer([RankParameter("a", 100), RankParameter("b", 30)], num_ranks=3, is_sharded=True)
     # b at 0..30, a from the next multiple of 64, 64..164; the end is a multiple of lcm(3, 128) = 384.
     assert buffer.parameters == ((0, 30), (64, 164))
     assert buffer.num_elements == 384
@@ -84,7 +83,7 @@ def test_a_sharded_buffer_aligns_starts_to_64_and_its_end_to_the_ranks() -> None
 
 
 def test_buckets_close_when_they_are_full_and_are_sharded_one_by_one() -> None:
-    parameters = [Parameter("a", 64), Parameter("b", 64), Parameter("c", 128)]
+    parameters = [RankParameter("a", 64), RankParameter("b", 64), RankParameter("c", 128)]
     buffer = build_buffer(parameters, num_ranks=2, is_sharded=True, bucket_elements=128)
     assert buffer.buckets == ((0, 128), (128, 256))
     # c fills the first bucket, b and a the second: each rank holds half of either.
@@ -92,7 +91,7 @@ def test_buckets_close_when_they_are_full_and_are_sharded_one_by_one() -> None:
 
 
 def test_a_shared_embedding_stands_in_a_bucket_of_its_own() -> None:
-    parameters = [Parameter("embedding", 70, is_shared=True), Parameter("layer", 40)]
+    parameters = [RankParameter("embedding", 70, is_shared=True), RankParameter("layer", 40)]
     buffer = build_buffer(parameters, num_ranks=2, is_sharded=True)
     # The layer's bucket ends at 128, the embedding's starts there and is padded to 256.
     assert buffer.buckets == ((0, 128), (128, 256))
