@@ -66,7 +66,9 @@ def excesses(quality: AnswerQuality, limits: AnswerQuality) -> list[str]:
     ]
 
 
-def judge(rows: Sequence[GeneratedRow], eos_ids: Collection[int], limits: AnswerQuality, *, stop: bool, where: Path) -> AnswerQuality:
+def judge_answers(
+    rows: Sequence[GeneratedRow], eos_ids: Collection[int], limits: AnswerQuality, *, stop: bool, where: Path
+) -> AnswerQuality:
     """The rates of these answers; warns of those above their limit. Fewer than MIN_ANSWERS are not judged.
 
     Args:

@@ -44,7 +44,7 @@ def run(context: StageContext) -> StageOutput:
     objective, beta = config.objective, context.scalars.beta
     metrics = compare(scores, references, loss=objective.loss, beta=beta, length_normalised=objective.length_normalised)
     traits = json.loads(layout.pairs_report(t).read_text(encoding="utf-8"))["train"]
-    warnings = judge(metrics, config.evaluate, traits)
+    warnings = judge_evaluation(metrics, config.evaluate, traits)
     for warning in warnings:
         logger.warning("theta_%d: %s", t + 1, warning)
     result: dict[str, Any] = {"theta": t + 1, "objective": objective.loss, "beta": beta, **metrics, "warnings": warnings}
@@ -117,7 +117,7 @@ def _sums(scores: Sequence[ReferenceScore]) -> torch.Tensor:
     return torch.tensor([(score.logp_real, score.logp_generated) for score in scores], dtype=torch.float64)
 
 
-def judge(metrics: dict[str, float], thresholds: EvaluateSection, traits: Mapping[str, float]) -> list[str]:
+def judge_evaluation(metrics: dict[str, float], thresholds: EvaluateSection, traits: Mapping[str, float]) -> list[str]:
     """What a person should look at before going on; empty when nothing is out of bounds.
 
     Args:

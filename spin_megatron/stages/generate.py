@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_megatron.generation.engine import Engine, Prompt, Sampling, eos_token_ids, provider
-from spin_megatron.generation.quality import AnswerQuality, judge
+from spin_megatron.generation.quality import AnswerQuality, judge_answers
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import StageIncomplete, digest_values, read_manifest, write_json
 from spin_megatron.run.records import GeneratedRow, PromptRow, num_rows, read_all, read_rows, write_rows
@@ -213,10 +213,10 @@ def _write_parts(rows: Iterator[GeneratedRow], parts: Sequence[Part], counts: _C
 
 
 def judged(rows: Sequence[GeneratedRow], eos_ids: Collection[int], context: StageContext, where: Path) -> AnswerQuality:
-    """The quality of answers against [quality]; see quality.judge."""
+    """The quality of answers against [quality]; see quality.judge_answers."""
     settings = context.config.quality
     limits = AnswerQuality(settings.max_empty, settings.max_repeated, settings.max_truncated, settings.max_identical)
-    return judge(rows, eos_ids, limits, stop=settings.on_excess == "stop", where=where)
+    return judge_answers(rows, eos_ids, limits, stop=settings.on_excess == "stop", where=where)
 
 
 def _response_summary(rows: Sequence[GeneratedRow]) -> dict[str, Any]:

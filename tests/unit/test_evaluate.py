@@ -7,7 +7,7 @@ import pytest
 
 from spin_megatron.config_sections import EvaluateSection
 from spin_megatron.run.records import ReferenceScore
-from spin_megatron.stages.evaluate import compare, judge
+from spin_megatron.stages.evaluate import compare, judge_evaluation
 
 # Two pairs of 4 + 5 and 1 + 2 tokens. Log-ratios: pair a +1 and -2 (margin 3), pair b -2 and -1 (margin -1).
 REFERENCES = [ReferenceScore("b", -3.0, -4.0, 1, 2), ReferenceScore("a", -10.0, -20.0, 4, 5)]
@@ -60,7 +60,7 @@ def test_the_same_model_has_loss_ln_2_and_nothing_to_warn_of() -> None:
     found = compare(REFERENCES, REFERENCES, loss="logistic", beta=BETA)
     assert found["loss"] == pytest.approx(math.log(2), rel=1e-12)
     assert found["logp_real_drift"] == found["logp_generated_drift"] == 0.0
-    assert judge(found, EvaluateSection(), TRAITS) == []
+    assert judge_evaluation(found, EvaluateSection(), TRAITS) == []
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_the_same_model_has_loss_ln_2_and_nothing_to_warn_of() -> None:
 )
 def test_each_threshold_warns_by_name(changes: dict[str, float], named: str) -> None:
     healthy = compare(REFERENCES, REFERENCES, loss="logistic", beta=BETA)
-    (warning,) = judge(healthy | changes, EvaluateSection(), TRAITS)
+    (warning,) = judge_evaluation(healthy | changes, EvaluateSection(), TRAITS)
     assert named in warning
 
 
 def test_separable_pairs_are_told_together_with_what_gives_them_away() -> None:
     healthy = compare(REFERENCES, REFERENCES, loss="logistic", beta=BETA)
-    (warning,) = judge(healthy | {"accuracy": 1.0}, EvaluateSection(), TRAITS)
+    (warning,) = judge_evaluation(healthy | {"accuracy": 1.0}, EvaluateSection(), TRAITS)
     assert "length alone told 60% of the answers apart, EOS 91%, the first token 55%" in warning
 
 
