@@ -11,6 +11,7 @@ from spin_megatron.plan.layouts import Candidate, Refusal, best_with_offload, by
 from spin_megatron.plan.memory import RankMemory, chunks_in_flight
 from spin_megatron.plan.parameters import count_parameters
 from spin_megatron.plan.shape import ParallelLayout
+from spin_megatron.run.telemetry import counted
 
 # Wide enough for every column, so that a plan in a file or a pipe is not cut.
 _WIDTH = 132
@@ -55,7 +56,7 @@ def _headline(plan: Plan) -> str:
         f"{question.settings.optimizer}; {plan.num_gpus} x {question.gpu.name}\n"
         f"{workload.prompts} prompts; mean tokens: prompt {workload.prompt_tokens:g}, answer {workload.real_tokens:g}, generated "
         f"{workload.generated_tokens:g}; packs of {question.settings.pack_tokens}; {question.global_batch_pairs} pairs an update; "
-        f"generation with {max(plan.num_gpus // tensor, 1)} engines of {tensor} GPUs"
+        f"generation with {counted(max(plan.num_gpus // tensor, 1), 'engine')} of {counted(tensor, 'GPU')}"
     )
 
 

@@ -380,7 +380,12 @@ def print_findings(findings: Sequence[Finding]) -> None:
     console = Console()
     console.print(table)
     problems = [finding for finding in findings if finding.state == "problem"]
-    console.print(Text(f"{len(problems)} problems" if problems else "Nothing here breaks a run.", "bold red" if problems else "green"))
+    console.print(
+        Text(
+            f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "Nothing here breaks a run.",
+            "bold red" if problems else "green",
+        )
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

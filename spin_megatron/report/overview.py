@@ -11,6 +11,7 @@ from spin_megatron.config import RunConfig
 from spin_megatron.pipeline import early_stop, newest_theta
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
+from spin_megatron.run.telemetry import counted
 from spin_megatron.stage_table import folder_of, line, made_in
 
 # (column, key in evaluate's metrics.json, format)
@@ -26,7 +27,8 @@ EVALUATION_COLUMNS = (
 
 def print_line(config: RunConfig) -> None:
     """Print the per-iteration settings of a run and its number of ranks."""
-    table = Table(title=f"{config.run.name}: {config.run.iterations} iterations on {config.parallel.layout().world_size} ranks")
+    iterations, ranks = counted(config.run.iterations, "iteration"), counted(config.parallel.layout().world_size, "rank")
+    table = Table(title=f"{config.run.name}: {iterations} on {ranks}")
     for column in ("iteration", "pairs of iterations", "beta", "learning rate", "epochs (of schedule)"):
         table.add_column(column)
     for t in range(config.run.iterations):
@@ -37,7 +39,7 @@ def print_line(config: RunConfig) -> None:
         table.add_row(str(t), window, f"{scalars.beta:g}", f"{scalars.learning_rate:g}", epochs)
     console = Console()
     console.print(table)
-    more = f", {len(config.evaluate.lm_eval_tasks)} benchmarks" if config.evaluate.lm_eval_tasks else ""
+    more = f", {counted(len(config.evaluate.lm_eval_tasks), 'benchmark')}" if config.evaluate.lm_eval_tasks else ""
     console.print(f"The config is valid. Each iteration runs: build-engine, generate, merge, train, export, evaluate{more}.")
 
 

@@ -25,6 +25,7 @@ from spin_megatron.pipeline import early_stop, is_running, missing_stages, stale
 from spin_megatron.report.overview import benchmarks, warnings
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import Manifest, plain, read_manifest, verify_outputs
+from spin_megatron.run.telemetry import counted
 from spin_megatron.stage_table import STAGES, StageRef, folder_of, line, log_folder, made_in
 
 _COLUMNS = tuple(STAGES)
@@ -181,7 +182,9 @@ def _answer_bars(config: RunConfig, layout: RunLayout, rows: Sequence[dict[str, 
             continue
         total = sum(num_rows_so_far(path) for path in (layout.prompts, layout.held_out))
         bar = Table.grid(padding=(0, 1))
-        bar.add_row(f"generate {t}", ProgressBar(total, answered, width=40), f"{answered} of {total} answers, {len(states)} shards")
+        bar.add_row(
+            f"generate {t}", ProgressBar(total, answered, width=40), f"{answered} of {total} answers, {counted(len(states), 'shard')}"
+        )
         bars.append(bar)
     return bars
 
@@ -227,7 +230,7 @@ def _cell(rows: Sequence[dict[str, Any]]) -> str:
     if attempts > len(rows):
         lines.append(f"{attempts} attempts")
     if num_warnings := sum(len(row["summary"].get("warnings", [])) for row in rows):
-        lines.append(f"[yellow]{num_warnings} warning{'s' if num_warnings > 1 else ''}[/]")
+        lines.append(f"[yellow]{counted(num_warnings, 'warning')}[/]")
     jobs = {job["id"]: job["state"] for row in rows for job in row["jobs"]}
     live = {name: state for name, state in jobs.items() if state not in (ENDED, "unknown")}
     if live:

@@ -37,6 +37,11 @@ class _Terminal(Console):
 console = _Terminal(stderr=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 rank", "2 ranks": a number and a noun whose plural ends in s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Advance(Protocol):
     """Move a progress bar on; `note` replaces the text behind it."""
 

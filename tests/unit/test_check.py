@@ -1,5 +1,6 @@
 """`spin-megatron check` refuses, before anything runs, what a stage would refuse hours later."""
 
+import re
 import shutil
 import sys
 from argparse import Namespace
@@ -151,6 +152,9 @@ def test_what_is_in_the_current_folder_alone_is_no_path(
     assert f"relative paths count from the config file's folder; give '{tmp_path}/here/model'" in errors(capsys)
 
 
-def test_a_good_config_and_a_pinned_hub_model_pass(tiny_run: Path) -> None:
+def test_a_good_config_and_a_pinned_hub_model_pass(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tiny_run), "--set", "data.num_held_out=39"]) == 0  # and one of the 40 rows to train on
+    assert "tiny: 2 iterations on 2 ranks" in capsys.readouterr().out
+    assert main(["check", str(tiny_run), "--set", "run.iterations=1", "--set", "parallel.pipeline=1"]) == 0
+    assert "tiny: 1 iteration on 1 rank\n" in re.sub(" +\n", "\n", capsys.readouterr().out)
     assert main(["check", str(tiny_run), "--set", "model.path=org/model", "--set", f"model.revision={COMMIT}"]) == 0
