@@ -21,6 +21,7 @@ from rich.text import Text
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.failures import last_logged_error, read_failures, slurms_reason, stop_reason, submission_name
 from spin_megatron.launch.slurm import ADVANCE, SubmittedJob, active_jobs, read_jobs
+from spin_megatron.launch.started_run import open_as_changed
 from spin_megatron.pipeline import early_stop, is_running, missing_stages, stale_because, state_of, still_read
 from spin_megatron.report.overview import benchmarks, warnings
 from spin_megatron.run.layout import RunLayout
@@ -46,8 +47,6 @@ class Queue:
 
 def command(arguments: argparse.Namespace) -> int:
     """Handle the verb."""
-    from spin_megatron.launch.started_run import open_as_changed
-
     config, layout = open_as_changed(arguments.run_dir)
     if arguments.json:
         queue = read_queue(layout)
@@ -66,11 +65,12 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def _watch(config: RunConfig, layout: RunLayout, *, every_seconds: float) -> None:
-    """Redraw until the run is complete or Ctrl-C."""
+    """Redraw until the run, which may be given another end meanwhile, is complete, or Ctrl-C."""
     with Live(_view(config, layout), auto_refresh=False) as live:
         try:
             while missing_stages(config, layout):
                 time.sleep(every_seconds)
+                config, _ = open_as_changed(layout.root)
                 live.update(_view(config, layout), refresh=True)
         except KeyboardInterrupt:
             return

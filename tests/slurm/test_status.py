@@ -12,6 +12,7 @@ from spin_megatron.cli import main
 from spin_megatron.config import RunConfig
 from spin_megatron.launch.failures import failures_in_a_row, last_error, last_logged_error, progress_of, stop_reason
 from spin_megatron.launch.slurm import SubmittedJob
+from spin_megatron.launch.started_run import remember_changes
 from spin_megatron.report import status
 from spin_megatron.report.status import Queue, stage_rows
 from spin_megatron.run.layout import RunLayout
@@ -103,8 +104,9 @@ def test_failures_between_which_a_stage_got_further_are_not_in_a_row(tmp_path: P
     assert failures_in_a_row(layout, ref) == 2
 
 
-def test_the_view_holds_job_ids_errors_and_the_reason_of_a_stop(tmp_path: Path) -> None:
+def test_the_view_holds_job_ids_errors_and_the_reason_of_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, layout = some_run(tmp_path)
+    monkeypatch.setattr(status.shutil, "which", lambda program: None)  # where there is squeue and no cluster it is asked for 20 s
     for _ in range(3):
         fail(layout, "generate 0 shard 0", "no [bold]room[/bold]")
     layout.iteration(0).mkdir(exist_ok=True)
@@ -202,18 +204,23 @@ def test_watching_redraws_until_the_run_is_complete(
 ) -> None:
     config, layout = some_run(tmp_path)
     layout.run_json.write_text(config.model_dump_json(), encoding="utf-8")
-    remaining = [[StageRef("generate", 0, 0)], [StageRef("generate", 0, 2)], line(config)]
+    longer = config.model_copy(update={"run": config.run.model_copy(update={"iterations": 3})})
+    remaining = [[StageRef("generate", 0, 0)], [StageRef("generate", 0, 2)], line(config), line(longer)]
     paused: list[float] = []
 
     def work(seconds: float) -> None:
         paused.append(seconds)
-        finish(layout, *remaining.pop(0), config=config, is_current=True)
+        finish(layout, *remaining.pop(0), config=longer, is_current=True)
+        if len(remaining) == 1:  # on its last stages it is given an iteration more
+            remember_changes(longer, layout)
 
     monkeypatch.setattr(status.time, "sleep", work)
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["status", str(tmp_path), "--watch", "7"]) == 0
-    assert paused == [7.0, 7.0, 7.0]
-    assert "3 of 3 done" in capsys.readouterr().out, "what is drawn last is how it ended"
+    assert paused == [7.0, 7.0, 7.0, 7.0]
+    shown = capsys.readouterr().out
+    assert "3 of 3 done" in shown, "what is drawn last is how it ended"
+    assert re.search(r"^│3│done", shown, re.MULTILINE), "theta_3 has its row"
 
 
 def test_no_word_of_the_table_is_cut_short_in_80_columns(tmp_path: Path) -> None:
