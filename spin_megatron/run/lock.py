@@ -10,6 +10,7 @@ that names its owner and is touched while the owner lives. It is stale when
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -21,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spin_megatron.run.manifest import StageIncomplete
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,16 @@ def held(path: Path, owner: Owner, *, what: str, stale_seconds: float, wait_seco
     Raises:
         StageIncomplete: another living process holds it.
     """
-    deadline = time.monotonic() + wait_seconds
+    deadline, is_told = time.monotonic() + wait_seconds, False
     while not _take(path, owner, stale_seconds):
         if time.monotonic() >= deadline:
             other = read_owner(path)
             raise StageIncomplete(
                 f"{what} is being run by another process ({_describe(other)}; lock {path}); wait for it, or stop it, and run again."
             )
+        if not is_told:
+            is_told = True
+            logger.info("waiting for %s, which another process has (%s; lock %s)", what, _describe(read_owner(path)), path)
         time.sleep(min(1.0, stale_seconds / 10))
     ended = threading.Event()
     beat = threading.Thread(target=_touch_until, args=(path, ended, stale_seconds / 6), daemon=True)

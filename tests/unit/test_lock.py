@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from spin_megatron.run import lock
 from spin_megatron.run.lock import Owner, held, is_held, read_owner
 from spin_megatron.run.manifest import StageIncomplete
 
@@ -106,3 +107,12 @@ def test_an_earlier_life_of_the_same_job_is_over(tmp_path: Path) -> None:
     path.write_text(json.dumps(asdict(earlier)), encoding="utf-8")
     assert not is_held(path, stale_seconds=60, by=Owner.this_process("7_0", restart=1))
     assert is_held(path, stale_seconds=60, by=Owner.this_process("7_1", restart=1))
+
+
+def test_who_waits_for_a_lock_is_told_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, mine, told = tmp_path / "lock", Owner.this_process(), []
+    path.write_text(json.dumps(asdict(replace(mine, token="other", host="elsewhere"))), encoding="utf-8")
+    monkeypatch.setattr(lock.logger, "info", lambda text, *values: told.append(text % values))
+    with held(path, mine, what="the submission", stale_seconds=0.5, wait_seconds=60):
+        assert read_owner(path) == mine
+    assert told == [f"waiting for the submission, which another process has (pid {mine.pid} on elsewhere; lock {path})"]
