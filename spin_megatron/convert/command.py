@@ -14,7 +14,7 @@ from spin_megatron.run.option_types import count, positive
 logger = logging.getLogger(__name__)
 
 DIGESTS_NAME = "tensor_digests.json"
-DONE = 0
+DONE, BAD_INPUT = 0, 2
 _TRUST = "open the pickled index of a torch_dist folder although no manifest vouches for it"
 
 
@@ -42,7 +42,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     to_huggingface.add_argument("--trust", action="store_true", help=_TRUST)
     to_huggingface.set_defaults(handler=megatron_to_hf)
 
-    inspect = directions.add_parser("inspect", help="what a folder or file holds, of any format")
+    inspect = directions.add_parser("inspect", help="what a folder or file holds, of any format; exit code 2: problems")
     inspect.add_argument("path", metavar="DIR", type=Path)
     inspect.add_argument("--trust", action="store_true", help=_TRUST)
     inspect.add_argument("--json", action="store_true", help="for programs")
@@ -136,19 +136,20 @@ def _check_result(arguments: argparse.Namespace, sides: _Sides) -> None:
 
 
 def inspect_command(arguments: argparse.Namespace) -> int:
-    """Handle `convert inspect`: prints what is there."""
+    """Handle `convert inspect`: prints what is there; BAD_INPUT where something is wrong with it."""
     from spin_megatron.convert.inspect_folder import inspect_folder
 
     facts = inspect_folder(arguments.path, trust=arguments.trust)
+    code = BAD_INPUT if facts["problems"] else DONE
     if arguments.json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
-        return DONE
+        return code
     problems = facts.pop("problems")
     for name, value in facts.items():
         sys.stdout.write(f"{name + ':':<14} {_said(value)}\n")
     for problem in problems:
         sys.stdout.write(f"problem:       {problem}\n")
-    return DONE
+    return code
 
 
 def _said(value: Any) -> str:

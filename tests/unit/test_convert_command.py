@@ -128,6 +128,7 @@ def test_inspect_says_what_is_there_and_opens_no_pickle(tmp_path: Path) -> None:
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_bytes(b"\x80never read")
         facts = inspect_folder(tmp_path / path.split("/")[0])
+        assert main(["convert", "inspect", str(tmp_path / path.split("/")[0])]) == 2, "a script need not read what is wrong"
         assert facts["format"] == name
         assert problem in facts["problems"][0]
 
@@ -162,6 +163,7 @@ def test_inspect_asks_for_trust_before_it_opens_a_foreign_index(tmp_path: Path) 
     assert several == {"format": "a folder of distributed checkpoints", "checkpoints": ["megatron"], "problems": []}
     (tmp_path / "run" / "megatron" / "UNFINISHED.json").write_text("{}")
     assert inspect_folder(tmp_path / "run" / "megatron")["format"] == "an unfinished conversion"
+    assert main(["convert", "inspect", str(tmp_path / "run" / "megatron"), "--json"]) == 2
 
 
 def test_the_tool_is_the_same_command(tmp_path: Path) -> None:
