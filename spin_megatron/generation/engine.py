@@ -29,6 +29,8 @@ PROVIDERS: dict[str, str] = {
 }
 # Engines whose model runs in another environment: the process of their stage drives a worker, and needs neither torch nor a GPU.
 EXTERNAL = frozenset({"trtllm-engine", "trtllm-torch", "vllm"})
+# Those of them that have a build for machines without a GPU.
+EXTERNAL_ON_CPU = frozenset({"vllm"})
 
 
 @dataclass(frozen=True)

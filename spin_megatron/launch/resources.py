@@ -4,7 +4,7 @@ import re
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_sections import StageName
-from spin_megatron.generation.engine import EXTERNAL
+from spin_megatron.generation.engine import EXTERNAL, EXTERNAL_ON_CPU
 from spin_megatron.stage_table import STAGES
 
 # slurmctld looks at time limits every 30 s (PERIODIC_TIMEOUT, src/slurmctld/slurmctld.h, the same in 22.05 and 26.05): a notice may
@@ -55,11 +55,17 @@ def _time_seconds(time: str, stage: StageName) -> int | None:
 
 
 def _check_engine_gpus(config: RunConfig) -> None:
-    """An engine that is told its number of GPUs must get them, to build on and to answer on."""
+    """An engine that is told its number of GPUs must get them, to build on and to answer on; one that computes on a CPU too needs none.
+
+    A run that asks for a GPU nowhere is for a cluster without them; where another stage asks for one, the engine's was forgotten.
+    """
     if config.generate.engine not in EXTERNAL:
         return
     tensor, pipeline = config.generate.options.get("tensor_parallel", 0), config.generate.options.get("pipeline_parallel", 1)
     wanted = max(int(tensor) * int(pipeline), 1)
+    has_gpus = config.slurm.gpu is not None or any(config.slurm.of(stage).gpus_per_node for stage in STAGES)
+    if wanted == 1 and not has_gpus and config.generate.engine in EXTERNAL_ON_CPU:
+        return
     for stage in ("build-engine", "generate"):
         found = config.slurm.of(stage).gpus_per_node
         if found < wanted:

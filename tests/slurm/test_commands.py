@@ -236,6 +236,28 @@ def test_an_engine_gets_the_gpus_it_is_told_to_run_on() -> None:
         check_resources(engine_config(tensor_parallel=8))
 
 
+@pytest.mark.parametrize(
+    ("engine", "options", "slurm", "is_taken"),
+    [
+        ("vllm", {}, {}, True),  # nothing asks for a GPU: its CPU build
+        ("trtllm-torch", {}, {}, False),  # which has none
+        ("vllm", {"tensor_parallel": 2}, {}, False),
+        ("vllm", {}, {"gpu": "h100-80gb"}, False),
+        ("vllm", {}, {"stages": {"train": {"gpus_per_node": 1}}}, False),
+        ("vllm", {}, {"stages": {"generate": {"gpus_per_node": 1}}}, False),  # the engine would be made for another machine
+    ],
+)
+def test_an_engine_that_computes_on_a_cpu_too_is_taken_where_no_stage_asks_for_gpus(
+    engine: str, options: dict, slurm: dict, is_taken: bool
+) -> None:
+    config = make_config(generate={"engine": engine, "options": options}, slurm=slurm)
+    if is_taken:
+        check_resources(config)
+    else:
+        with pytest.raises(ValueError, match=rf"build-engine: gpus_per_node=0, but generate\.engine={engine} runs on [12] GPUs"):
+            check_resources(config)
+
+
 def test_the_driver_of_an_engine_runs_in_the_batch_shell_and_its_step_under_srun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPIN_ENGINE_SRUN_OPTIONS", "--container-image='/my images/trtllm.sqsh'")
     monkeypatch.setenv("SPIN_ENGINE_PYTHON", "apptainer exec 'my image.sif' /usr/bin/python3.12")
