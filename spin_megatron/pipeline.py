@@ -215,9 +215,8 @@ def execute(
         StageIncomplete, StaleStage, ValueError: as above, and whatever the stage raises.
     """
     folder = folder_of(layout, ref)
-    manifest = manifests.read_manifest(folder)
-    if manifest is not None:
-        require_current(config, layout, ref, manifest)
+    if manifests.read_manifest(folder) is not None:
+        require_all_current(config, layout, [ref])
         return True
     # The stamps first: files that change from here on are read again.
     stamps = _stamps(config) if ref.name == "prepare" else {}

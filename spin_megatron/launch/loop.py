@@ -10,7 +10,7 @@ from spin_megatron.launch.check import check_harness
 from spin_megatron.launch.gpus import pool_for
 from spin_megatron.launch.local import BAD_INPUT, DONE, INCOMPLETE, STOPPED, Launcher
 from spin_megatron.launch.started_run import changes, open_or_start, remember_changes
-from spin_megatron.pipeline import early_stop, missing_stages, redo, require_all_current, require_current
+from spin_megatron.pipeline import early_stop, missing_stages, redo, require_all_current
 from spin_megatron.run import manifest as manifests
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.telemetry import progress_bar
@@ -111,11 +111,10 @@ def run_alone(config: RunConfig, layout: RunLayout, ref: StageRef) -> int:
     """Run one stage on this machine, unless it is done; its exit code.
 
     Raises:
-        StaleStage, ValueError: it was finished with other settings or inputs, or files of it are missing.
+        StaleStage, ValueError: it was finished with other settings or inputs, or files of it that are still to be read are missing.
     """
-    manifest = manifests.read_manifest(folder_of(layout, ref))
-    if manifest is not None:
-        require_current(config, layout, ref, manifest)
+    if manifests.read_manifest(folder_of(layout, ref)) is not None:
+        require_all_current(config, layout, [ref])
         logger.info("%s is done; to make it anew: %s", ref, ref.redo_command(layout))
         return DONE
     with Launcher() as launcher:

@@ -404,6 +404,7 @@ def test_files_that_nothing_has_to_read_any_more_may_be_deleted(config: RunConfi
         if ref != newest:
             (folder_of(layout, ref) / "made.txt").unlink()
     go_on()
+    assert loop.run_alone(config, layout, StageRef("merge", 0)) == 0
     (folder_of(layout, StageRef("evaluate", 1)) / "MANIFEST.json").unlink()  # which reads what train left
     with pytest.raises(ValueError, match=r"merge 1 is finished, but .*made\.txt is missing.*--redo merge:1"):
         go_on()
