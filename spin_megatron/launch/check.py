@@ -115,13 +115,22 @@ def check_num_rows(config: RunConfig) -> None:
 
 
 def check_started(config: RunConfig, layout: RunLayout) -> None:
-    """Check what a started run may change, such as [parallel], against theta_0 once that is there.
+    """Check what a started run may change, such as [parallel], against its newest theta; before theta_0 is there, as a new run.
+
+    From then on the base model may be gone, and an earlier theta's files once the next one is there.
 
     Raises:
-        ValueError: the model does not fit it.
+        ValueError: the model does not fit it, or as `check_config`.
     """
-    if read_manifest(layout.theta(0)) is not None:
-        check_model(config, ModelShape.from_huggingface(layout.theta(0)))
+    if read_manifest(layout.theta(0)) is None:
+        check_config(config)
+        return
+    _check_device(config)
+    thetas = [theta for theta in map(layout.theta, range(config.run.iterations + 1)) if (theta / "config.json").is_file()]
+    if thetas:
+        check_model(config, ModelShape.from_huggingface(thetas[-1]))
+        if config.slurm.gpu is not None:
+            check_config_fits(config, config.slurm.gpu, model_config=thetas[-1] / "config.json")
 
 
 def _check_device(config: RunConfig) -> None:

@@ -26,7 +26,6 @@ from pathlib import Path
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_sections import SlurmStageSection, StageName
-from spin_megatron.launch.check import check_config
 from spin_megatron.launch.failures import record_submission
 from spin_megatron.launch.resources import check_resources
 from spin_megatron.launch.started_run import open_or_start, remember_changes
@@ -83,16 +82,16 @@ class SubmittedJob:
 
 def command(arguments: argparse.Namespace) -> int:
     """Handle the verb: start the run if need be, and submit its chain."""
-    config, layout = open_or_start(arguments, is_trial=arguments.dry_run)
-    scripts = arguments.scripts or DEFAULT_SCRIPTS
     redone = StageRef.parse(arguments.redo) if arguments.redo else None
+    if arguments.dry_run and redone is not None:
+        raise ValueError(f"--dry-run moves nothing, so it cannot show what follows --redo {arguments.redo}; leave one of them out.")
+    config, layout = open_or_start(arguments, is_trial=arguments.dry_run)
     if arguments.dry_run:
-        if redone is not None:
-            raise ValueError(f"--dry-run moves nothing, so it cannot show what follows --redo {arguments.redo}; leave one of them out.")
+        _require_current(config, layout)
         for words in dry_run(config, layout):
             print(shlex.join(words))  # noqa: T201 (the answer of the command)
-        return 0
-    submit(config, layout, scripts=scripts, redone=redone)
+    else:
+        submit(config, layout, scripts=arguments.scripts or DEFAULT_SCRIPTS, redone=redone)
     return 0
 
 
@@ -203,7 +202,6 @@ def submit(
         StageIncomplete: another submission holds the lock, or a stage is to be moved aside while jobs are under way.
     """
     check_resources(config)
-    check_config(config)
     layout.slurm.mkdir(parents=True, exist_ok=True)
     what = f"the submission of {layout.root}"
     with held(layout.submit_lock, Owner.this_process(), what=what, stale_seconds=LOCK_STALE_SECONDS, wait_seconds=LOCK_WAIT_SECONDS):
@@ -222,19 +220,22 @@ def submit(
             logger.info("jobs of this run are under way (%s); nothing to submit", ", ".join(after))
             if own_job is None:  # what the jobs were asked for with holds for them
                 remember_changes(config, layout, sections=("run", "stop"))
-                logger.info("run.iterations and [stop] hold from now on, what else was changed only when these jobs are over")
+                logger.info("run.iterations and [stop] hold from now on; what else is to change, change when these jobs are over")
             return []
         links = links[-1:] if after else links
         _make_log_folders(layout, links)
         if own_job is None:
-            # As `run` asks of each stage in its turn; what lies behind a gap is made anew before it is read.
-            missing = set(missing_stages(config, layout))
-            gapless = [ref for ref in line(config) if missing.isdisjoint(STAGES[ref.name].needs(config, ref.iteration))]
-            require_all_current(config, layout, gapless)
+            _require_current(config, layout)
             _copy_scripts(scripts, layout.slurm)
             remember_changes(config, layout)
             record_submission(layout, missing_stages(config, layout))
         return _submit_links(config, layout, links, after=":".join(after) or None, tries=TRIES if own_job else 1)
+
+
+def _require_current(config: RunConfig, layout: RunLayout) -> None:
+    """Refuse what `run` would refuse to go on from; a stage whose inputs are missing cannot be judged before they are there."""
+    missing = set(missing_stages(config, layout))
+    require_all_current(config, layout, [ref for ref in line(config) if missing.isdisjoint(STAGES[ref.name].needs(config, ref.iteration))])
 
 
 def _redo(config: RunConfig, layout: RunLayout, redone: StageRef) -> None:

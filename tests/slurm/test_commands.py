@@ -81,7 +81,6 @@ def test_a_fresh_run_is_one_chain_in_which_every_link_waits_for_the_one_before()
 
 def test_a_trial_that_would_have_to_move_a_stage_is_refused(tmp_path: Path) -> None:
     asked = Namespace(target=tmp_path, run_dir=None, overrides=[], dry_run=True, scripts=None, redo="train:0")
-    (tmp_path / "run.json").write_text(make_config().model_dump_json(), encoding="utf-8")
     with pytest.raises(ValueError, match=r"--dry-run moves nothing, .* --redo train:0; leave one of them out"):
         command(asked)
     with pytest.raises(ValueError, match=r"--redo 'train' is not STAGE:ITERATION\[:SHARD\] .*; for example train:1"):

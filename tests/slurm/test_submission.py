@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,7 +67,6 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunConfig,
     programs = Scripted(layout)
     monkeypatch.setattr(slurm, "run_slurm", programs)
     monkeypatch.setattr(supervise, "run_slurm", programs)
-    monkeypatch.setattr(slurm, "check_config", lambda config: None)
     monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
     return config, layout, programs
 
@@ -180,6 +180,10 @@ def test_what_run_would_refuse_of_the_finished_stages_a_person_cannot_submit_eit
     other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 7})})
     with pytest.raises(StaleStage, match=r"prepare 0 was finished with other settings or inputs:\s+run\.seed: 42 -> 7"):
         submit(other, layout)
+    layout.run_json.write_text(other.model_dump_json(), encoding="utf-8")
+    trial = Namespace(target=layout.root, run_dir=None, overrides=[], redo=None, dry_run=True)
+    with pytest.raises(StaleStage, match=r"prepare 0 was finished with other settings or inputs:\s+run\.seed: 42 -> 7"):
+        slurm.command(trial)
     assert programs.num_sbatch == 0
     layout.slurm.mkdir(exist_ok=True)
     assert advance(other, layout, FIRST_SLOT) == 0, "a chain that is under way goes on with what it has"

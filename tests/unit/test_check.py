@@ -133,6 +133,22 @@ def test_a_layout_that_does_not_fit_a_started_run_is_refused_before_anything_run
     assert not layout.changes_json.exists(), "what was refused is not remembered"
 
 
+def test_a_started_run_is_checked_against_the_newest_theta_that_is_there(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    config, layout = open_or_start(Namespace(target=make_tiny_run(tmp_path / "tiny"), run_dir=root, overrides=[]))
+    too_many = Namespace(target=root, run_dir=None, overrides=["parallel.tensor=3"])
+    with pytest.raises(ValueError, match=r"parallel\.tensor=3 does not divide model\.num_heads=4"):
+        open_or_start(too_many)  # the base model, before there is a theta
+    assert execute(config, layout, StageRef("export", 0), rank=0, stop_requested=lambda: False)
+    layout.theta(1).mkdir()
+    shutil.copy(layout.theta(0) / "config.json", layout.theta(1))
+    shutil.rmtree(config.model.path)  # with it theta_0's files are gone, which link to it
+    assert not (layout.theta(0) / "config.json").exists()
+    assert open_or_start(Namespace(target=root, run_dir=None, overrides=[]))[0] == config
+    with pytest.raises(ValueError, match=r"parallel\.tensor=3 does not divide model\.num_heads=4"):
+        open_or_start(too_many)
+
+
 def test_a_hub_model_is_found_where_the_hub_s_client_keeps_it(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / COMMIT
     shutil.copytree(tiny_run.parent / "model", snapshot)

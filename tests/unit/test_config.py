@@ -7,6 +7,7 @@ import pytest
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
+from spin_megatron.launch import started_run
 from spin_megatron.launch.started_run import changes, open_as_changed, open_or_start, open_run
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.stage_table import STAGES, StageRef, settings_of
@@ -144,7 +145,10 @@ def test_where_an_engine_is_started_and_how_much_at_a_time_may_change_in_a_start
         open_run(tmp_path, ["generate.engine=builtin"])
 
 
-def test_what_training_takes_of_memory_and_time_may_change_in_a_started_run_and_makes_nothing_stale(tmp_path: Path) -> None:
+def test_what_training_takes_of_memory_and_time_may_change_in_a_started_run_and_makes_nothing_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(started_run, "check_started", lambda config, layout: None)  # there is no model, and no GPU to offload from
     path = write(tmp_path)
     config, layout = load_config(path), RunLayout(tmp_path)
     layout.run_json.write_text(config.model_dump_json())
