@@ -272,10 +272,6 @@ def stop_file(layout: RunLayout, ref: StageRef) -> Path:
     return layout.stop_file(ref.name, made_in(ref), ref.shard)
 
 
-def heartbeat(layout: RunLayout, ref: StageRef) -> Path:
-    return layout.heartbeat(ref.name, made_in(ref), ref.shard)
-
-
 def weights(layout: RunLayout, theta: int) -> dict[str, torch.Tensor]:
     return {name: tensor for path in sorted(layout.theta(theta).glob("*.safetensors")) for name, tensor in load_file(path).items()}
 

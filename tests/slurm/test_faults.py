@@ -16,12 +16,12 @@ import pytest
 from spin_megatron.convert.saved_checkpoint import COMPLETE_NAME
 from spin_megatron.launch.failures import read_events
 from spin_megatron.launch.slurm import read_jobs
-from spin_megatron.launch.started_run import open_as_changed
+from spin_megatron.launch.started_run import open_as_changed, remember_changes
 from spin_megatron.report.status import read_queue, stage_rows, why_stopped
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.lock import Owner, held
 from spin_megatron.stage_table import StageRef, log_folder
-from tests.slurm.cluster_run import REPOSITORY, SPIN_ITER, ClusterRun, assert_same_result, fork, heartbeat, signal_all, stop_file
+from tests.slurm.cluster_run import REPOSITORY, SPIN_ITER, ClusterRun, assert_same_result, fork, signal_all, stop_file
 from tests.slurm.conftest import SmallDisk
 from tools.local_slurm.cluster import Cluster
 from tools.local_slurm.processes import is_alive
@@ -43,6 +43,13 @@ def node_down(run: ClusterRun, node: str) -> None:
 def age(path: Path) -> None:
     """As if a file that is touched every few seconds had not been for hours."""
     os.utime(path, times=(0, path.stat().st_mtime - LONG_AGO_SECONDS))
+
+
+def set_hang_seconds(run: ClusterRun, seconds: int) -> None:
+    """For the elements that start from now on. An old heartbeat would not do: a step hangs when its heartbeat stands still."""
+    config, layout = open_as_changed(run.layout.root)
+    slurm = config.slurm.model_copy(update={"hang_seconds": seconds})
+    remember_changes(config.model_copy(update={"slurm": slurm}), layout, sections=("slurm",))
 
 
 def training(run: ClusterRun) -> str:
@@ -72,16 +79,17 @@ def test_training_survives_killed_ranks_and_shells_and_lost_nodes(cluster: Clust
 
     # kill -9 of the batch shell: this slot is lost, the next one goes on.
     element = training(run)
+    set_hang_seconds(run, 20)  # of the slot that starts next
     signal_all(run.shell_pids(element), signal.SIGKILL)
     wait_for_end(run, element, "a killed batch shell")
 
     # A node dies and is back before Slurm misses it: srun would wait for ever, the watchdog ends the step.
     element = training(run)
+    set_hang_seconds(run, 3600)
     first, second = run.nodes_of(element)
     signal_all(run.rank_pids(TRAIN, element, first), signal.SIGSTOP)
     cluster.kill_node(second)
     cluster.start_node(second, forget_jobs=False)
-    age(heartbeat(run.layout, TRAIN))
     wait_for_end(run, element, "the watchdog")
 
     # A node goes down for good.
