@@ -242,7 +242,9 @@ def engine_changes(config: RunConfig) -> list[str]:
         # One node; the step's tasks share all that the job has, rather than a CPU each.
         shape = ["--nodes=1", "--ntasks={ranks}", "--ntasks-per-node={ranks}", "--cpu-bind=none", "--kill-on-bad-exit=1"]
         options = shlex.split(os.environ.get("SPIN_ENGINE_SRUN_OPTIONS", ""))
-        changed["launcher"] = ["srun", "--mpi=pmix", *shape, *options]
+        # TensorRT-LLM's ranks meet through MPI; vLLM is one rank, which starts the others itself, and not every Slurm has pmix.
+        mpi = "none" if config.generate.engine == "vllm" else "pmix"
+        changed["launcher"] = ["srun", f"--mpi={mpi}", *shape, *options]
     words = shlex.split(os.environ.get("SPIN_ENGINE_PYTHON", ""))
     if words:
         changed |= {"prefix": words[:-1], "python": words[-1]}

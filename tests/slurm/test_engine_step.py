@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from spin_megatron.config_file import load_config
+from spin_megatron.generation.engine import Environment
 from spin_megatron.launch.resources import check_resources
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
@@ -41,33 +42,41 @@ def run_job(run: ClusterRun, ref: StageRef, variables: dict[str, str]) -> str:
     return log.read_text()
 
 
-def test_two_ranks_build_and_answer_in_steps_of_a_job_with_one_task(cluster: Cluster, tmp_path: Path) -> None:
-    skip_where_paths_are_split()
-    site, started = Site(tmp_path / "site"), tmp_path / "started"
-    site.gpus(H100, H100)
-    site.program("trtllm-llmapi-launch", LAUNCH)
-    environment = site.environment(f"STARTED={started}", "DOUBLE_IN_FLIGHT=16")
-    layout = RunLayout(tmp_path / "it's an \"engine\" run")
+def prepared(cluster: Cluster, folder: Path, environment: Environment, engine: dict[str, object]) -> ClusterRun:
+    """A run of which theta_0 and the prompts are there. engine: its settings."""
     settings = {
-        "generate.engine": "trtllm-engine",
-        "generate.dtype": "bfloat16",
-        "generate.options.tensor_parallel": 2,
         "generate.environment.python": environment.python,
         "generate.environment.prefix": list(environment.prefix),
         "generate.environment.variables": list(environment.variables),
         "parallel.pipeline": 1,
-        "slurm.stages.build-engine.gpus_per_node": 2,
-        "slurm.stages.generate.gpus_per_node": 2,
+        **engine,
     }
-    changes = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
-    config = load_config(make_tiny_run(tmp_path / "model"), changes)
+    tiny_run = make_tiny_run(folder / "model", head_dim=32)  # the smallest that vLLM takes on a CPU
+    config = load_config(tiny_run, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
     check_resources(config)
-    run = ClusterRun(cluster, layout)
+    layout = RunLayout(folder / "it's an \"engine\" run")
     layout.root.mkdir()
     layout.run_json.write_text(config.model_dump_json())
     for verb in ("export", "prepare"):
         done = spin_megatron(verb, "--run-dir", layout.root, "--iteration", "0")
         assert done.returncode == 0, done.stderr
+    return ClusterRun(cluster, layout)
+
+
+def test_two_ranks_build_and_answer_in_steps_of_a_job_with_one_task(cluster: Cluster, tmp_path: Path) -> None:
+    skip_where_paths_are_split()
+    site, started = Site(tmp_path / "site"), tmp_path / "started"
+    site.gpus(H100, H100)
+    site.program("trtllm-llmapi-launch", LAUNCH)
+    engine = {
+        "generate.engine": "trtllm-engine",
+        "generate.dtype": "bfloat16",
+        "generate.options.tensor_parallel": 2,
+        "slurm.stages.build-engine.gpus_per_node": 2,
+        "slurm.stages.generate.gpus_per_node": 2,
+    }
+    run = prepared(cluster, tmp_path, site.environment(f"STARTED={started}", "DOUBLE_IN_FLIGHT=16"), engine)
+    layout = run.layout
     # This Slurm has no pmix, which the real launcher needs and the double does not.
     variables = {"SPIN_ENGINE_SRUN_OPTIONS": "--mpi=none"}
     log = run_job(run, StageRef("build-engine", 0), variables)
@@ -84,3 +93,15 @@ def test_two_ranks_build_and_answer_in_steps_of_a_job_with_one_task(cluster: Clu
     assert sorted(started.read_text().splitlines()) == ["0 of 2", "0 of 2", "1 of 2", "1 of 2"]
 
 
+
+
+def test_vllm_answers_on_a_cluster_that_has_neither_gpus_nor_pmix(cluster: Cluster, tmp_path: Path) -> None:
+    site = Site(tmp_path / "site")
+    site.gpus()
+    run = prepared(cluster, tmp_path, site.environment("DOUBLE_IN_FLIGHT=16"), {"generate.engine": "vllm"})
+    for ref in (StageRef("build-engine", 0), StageRef("generate", 0, 0)):
+        log = run_job(run, ref, {})
+        manifest = read_manifest(folder_of(run.layout, ref))
+        assert manifest is not None, log
+    assert manifest.summary["responses"] == 40
+    assert manifest.summary["engine"]["engine"] == "vllm"
