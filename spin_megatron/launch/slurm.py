@@ -327,20 +327,20 @@ def read_jobs(path: Path) -> list[SubmittedJob]:
     return [SubmittedJob(**job) for job in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def active_jobs(layout: RunLayout) -> Mapping[str, str]:
-    """Job or array element id -> state, of this run's jobs that squeue still shows."""
+def active_jobs(layout: RunLayout, *, is_patient: bool = True) -> Mapping[str, str]:
+    """Job or array element id -> state, of this run's jobs that squeue still shows. is_patient: ask a busy controller again."""
     jobs = [job for path in layout.all_slurm_jobs() for job in read_jobs(path)]
     if not jobs:
         return {}
     ids, users = {job.job_id for job in jobs}, {job.user for job in jobs}
     # The controller sends one user's jobs alone, where asked for job ids it would send all for squeue to choose from.
     by_user = [f"--user={','.join(sorted(users))}"] if "" not in users else []
-    states = dict(row.split("|") for row in _squeue("--array", *by_user, "--format=%i|%T"))
+    states = dict(row.split("|") for row in _squeue("--array", *by_user, "--format=%i|%T", is_patient=is_patient))
     return {name: state for name, state in states.items() if name.partition("_")[0] in ids}
 
 
-def _squeue(*options: str) -> list[str]:
-    result = run_slurm(["squeue", "--noheader", *options], is_repeatable=True)
+def _squeue(*options: str, is_patient: bool = True) -> list[str]:
+    result = run_slurm(["squeue", "--noheader", *options], is_repeatable=is_patient)
     if result.returncode:
         raise ValueError(f"squeue failed: {result.stderr.strip()}; is this a host of the cluster?")
     return [row.strip() for row in result.stdout.splitlines()]

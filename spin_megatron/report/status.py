@@ -90,7 +90,7 @@ def read_queue(layout: RunLayout) -> Queue:
     if shutil.which("squeue") is None:
         return Queue(jobs, problem="squeue is not on PATH here: the states of jobs are unknown")
     try:
-        return Queue(jobs, active_jobs(layout))
+        return Queue(jobs, active_jobs(layout, is_patient=False))
     except ValueError as error:  # a view still shows what the files say
         return Queue(jobs, problem=str(error))
 

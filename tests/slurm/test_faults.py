@@ -52,6 +52,12 @@ def set_hang_seconds(run: ClusterRun, seconds: int) -> None:
     remember_changes(config.model_copy(update={"slurm": slurm}), layout, sections=("slurm",))
 
 
+def is_shown(run: ClusterRun, element: str) -> bool:
+    """Whether `status` shows that the training runs, and where; a busy controller may leave it without an answer once."""
+    row = next(row for row in stage_rows(run.config, run.layout, read_queue(run.layout)) if row["stage"] == "train")
+    return row["state"] == "running" and {"id": element, "state": "RUNNING"} in row["jobs"]
+
+
 def training(run: ClusterRun) -> str:
     """The slot that trains, once its four ranks run. A requeued slot waits, and the next one goes on in its place."""
     return run.wait_for_ranks(TRAIN, 4)
@@ -71,8 +77,7 @@ def test_training_survives_killed_ranks_and_shells_and_lost_nodes(cluster: Clust
     run.wait(lambda: run.num_updates() >= 1, "the first update")
     *others, last = run.rank_pids(TRAIN, element)
     signal_all([*others, last], signal.SIGSTOP)
-    shown = next(row for row in stage_rows(run.config, run.layout, read_queue(run.layout)) if row["stage"] == "train")
-    assert (shown["state"], {"id": element, "state": "RUNNING"} in shown["jobs"]) == ("running", True), shown
+    run.wait(lambda: is_shown(run, element), "a view that shows the job and that it runs")
     signal_all([last], signal.SIGKILL)
     signal_all(others, signal.SIGCONT)
     wait_for_end(run, element, "a killed rank")

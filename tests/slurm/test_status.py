@@ -1,7 +1,9 @@
 """What `status` says of a run's jobs, from files alone and from a queue; no Slurm is needed."""
 
 import json
+import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +68,18 @@ def test_without_a_queue_the_states_are_unknown_and_the_files_still_speak(tmp_pa
     assert (row["state"], row["attempts"], row["last_error"]) == ("ready", 1, "MemoryError: no room for 4 GB")
 
 
+def test_a_controller_that_is_away_is_asked_once_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, layout = some_run(tmp_path)
+    write_json(layout.slurm_jobs(0), [{"job_id": "7", "link": "generate", "iteration": 0, "array": "0,2%8"}])
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text(f"#!/bin/sh\necho asked >> {shlex.quote(str(tmp_path / 'asked'))}\necho no controller >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    assert status.read_queue(layout).problem == "squeue failed: no controller; is this a host of the cluster?"
+    assert (tmp_path / "asked").read_text() == "asked\n", "a view does not wait for it"
+
+
 def test_the_exception_below_an_error_line_is_the_error(tmp_path: Path) -> None:
     _, layout = some_run(tmp_path)
     assert last_logged_error(log_folder(layout, StageRef("generate", 0, 0)) / "latest") == "MemoryError: no room for 4 GB"
@@ -104,9 +118,8 @@ def test_failures_between_which_a_stage_got_further_are_not_in_a_row(tmp_path: P
     assert failures_in_a_row(layout, ref) == 2
 
 
-def test_the_view_holds_job_ids_errors_and_the_reason_of_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_view_holds_job_ids_errors_and_the_reason_of_a_stop(tmp_path: Path) -> None:
     config, layout = some_run(tmp_path)
-    monkeypatch.setattr(status.shutil, "which", lambda program: None)  # where there is squeue and no cluster it is asked for 20 s
     for _ in range(3):
         fail(layout, "generate 0 shard 0", "no [bold]room[/bold]")
     layout.iteration(0).mkdir(exist_ok=True)
