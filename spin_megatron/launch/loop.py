@@ -25,12 +25,13 @@ _OUTCOMES = {BAD_INPUT: "was refused", INCOMPLETE: "lacks an input", STOPPED: "w
 
 def run(arguments: argparse.Namespace) -> int:
     """Start a run, or go on with it, until every stage is done or a rule of [stop] ends it."""
+    redone = StageRef.parse(arguments.redo) if arguments.redo else None
     config, layout = open_or_start(arguments)
     if any(ref.name == "benchmark" for ref in missing_stages(config, layout)):
         check_harness(config)
+    if redone is not None:
+        redo(config, layout, redone)
     remember_changes(config, layout)
-    if arguments.redo:
-        redo(config, layout, StageRef.parse(arguments.redo))
     refs = line(config)
     with Launcher() as launcher:
         for number, ref in enumerate(refs, start=1):

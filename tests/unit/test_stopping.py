@@ -188,6 +188,17 @@ def test_what_was_stopped_is_no_error_and_names_no_log_that_is_not_there(
     assert told[-1] == ("WARNING", "benchmark 0 shard 2 was stopped, and the same command goes on with it (exit code 75)")
 
 
+def test_a_stage_that_cannot_be_made_anew_is_refused_before_anything_is_kept(
+    config_path: Path, finished: list[StageRef], tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    assert main(["run", str(config_path), "--run-dir", str(root), "--redo", "train"]) == 2
+    assert not root.exists()
+    assert main(["run", str(config_path), "--run-dir", str(root)]) == 0
+    assert main(["run", str(root), "--redo", "train:7", "--set", "slurm.signal_seconds=60"]) == 2
+    assert open_as_changed(root)[0].slurm.signal_seconds == 300
+
+
 def test_a_run_directory_beside_a_run_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(tmp_path), "--run-dir", str(tmp_path / "other")]) == 2
     assert "leave --run-dir out" in capsys.readouterr().err
