@@ -212,7 +212,8 @@ def _run_settings(config: RunConfig, question: Question, storage: Storage) -> tu
     """What answers and how often training saves; a warning where the chosen engine cannot hold the model."""
     engine, warnings = config.generate.engine, []
     is_eager = engine == _EAGER_ENGINE
-    if is_eager and engine_tensor(question.shape, question.gpu) > 1:
+    element_bytes = 4 if config.generate.dtype == "float32" else 2
+    if is_eager and engine_tensor(question.shape, question.gpu, element_bytes=element_bytes) > 1:
         is_eager = False
         warnings.append(
             f"generate.engine={engine} runs on one GPU, where this model's weights leave too little room; the times are those of an "
@@ -228,6 +229,8 @@ def _run_settings(config: RunConfig, question: Question, storage: Storage) -> tu
         engine_is_built=engine in _BUILT_ENGINES,
         max_batch=config.generate.batch_size,
         save_every_steps=config.train.save_every_steps,
+        engine_bytes=element_bytes,
+        export_threads=config.slurm.of("export").cpus_per_rank if config.slurm.stages else config.launch.threads_per_process,
         storage=storage,
     )
     return run, warnings

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from spin_megatron.plan.hardware import GIGA, Gpu
-from spin_megatron.plan.memory import FLOAT32_BYTES, OptimizerName, TrainSettings
+from spin_megatron.plan.memory import TrainSettings, trained_parameters
 from spin_megatron.plan.parameters import count_parameters
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 from spin_megatron.plan.speed import NVLINK_SHARE, forward_only_seconds, step_time
@@ -32,6 +32,10 @@ MAX_ENGINE_BATCH = 2048
 # TensorRT-LLM build logs: Llama-3 8B bf16 (16 GB) 55 to 129 s, Command-R 35B fp16 (70 GB) 107 s on one GPU; 70B in parts 5 to 15 min.
 BUILD_SECONDS = 60.0
 BUILD_SECONDS_PER_GB = 2.0
+# Export scores so many held-out pairs with what it wrote, by transformers on the host. A core with AMX or AVX-512 made 690 GFLOP/s in bf16,
+# 156 in fp32 (two layers of Llama-3-8B's width, 437 tokens); cores without bf16 make less, and more threads less each.
+NUM_PROBE_PAIRS = 4
+HOST_THREAD_FLOPS = 100e9
 # Starting processes, importing, opening communicators: once a stage.
 STAGE_START_SECONDS = 60.0
 
@@ -128,7 +132,7 @@ def generation(
     if batch < 1:
         return None
     read = (weights + batch * context * cache_bytes) / tensor / (gpu.memory_bandwidth * DECODE_MEMORY_SHARE)
-    peak = gpu.fp8_flops if element_bytes == 1 and gpu.fp8_flops is not None else gpu.bf16_flops
+    peak = gpu.fp8_flops if element_bytes == 1 and gpu.fp8_flops is not None else gpu.bf16_flops / max(element_bytes / 2, 1)  # fp32: TF32
     rate = peak * DECODE_GEMM_SHARE * tensor
     active = count_parameters(shape, active=True)
     computed = 2 * active * batch / rate
@@ -175,7 +179,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class IterationTime:
-    """Seconds of the stages of one SPIN iteration; checkpoint: all saves within training."""
+    """Seconds of the stages of one SPIN iteration; checkpoint: all saves within training, the trained weights at its end included."""
 
     engine: float
     generate: float
@@ -193,12 +197,17 @@ class IterationTime:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What decides the stages around training. save_every_steps: as [train]; max_batch: the engine's; built: it is compiled first."""
+    """What decides the stages around training. save_every_steps: as [train]; max_batch: the engine's; built: it is compiled first.
+
+    engine_bytes: of an element of the engine's weights and cache. export_threads: of the process that writes theta_{t+1}.
+    """
 
     engine_kind: EngineKind
     engine_is_built: bool
     max_batch: int
     save_every_steps: int
+    engine_bytes: int = 2
+    export_threads: int = 1
     storage: Storage = Storage()
 
 
@@ -209,20 +218,24 @@ def run_time(
     step_seconds = step_time(shape, layout, settings, gpu).total
     forward_per_pair = forward_only_seconds(shape, layout, settings, gpu) / batch.pairs_per_step
     generate_seconds = _generate_seconds(shape, layout, gpu, workload, run)
-    weights = 2 * count_parameters(shape)
+    num_parameters = count_parameters(shape)
+    weights = settings.weight_bytes * num_parameters
+    final_weights = settings.weight_bytes * _num_trained(shape, settings)
     load = STAGE_START_SECONDS + weights / run.storage.read_rate
+    build = BUILD_SECONDS + BUILD_SECONDS_PER_GB * run.engine_bytes * num_parameters / GIGA
+    export = load + weights / run.storage.write_rate + weights / run.storage.read_rate + _probe_seconds(shape, workload, run)
     iterations = []
     for pairs, epochs in zip(workload.train_pairs, workload.epochs, strict=True):
         steps = math.ceil(pairs / batch.pairs_per_step) * epochs
-        saves = max(steps // run.save_every_steps, 1)
+        saved = steps // run.save_every_steps * checkpoint_bytes(shape, settings) + final_weights
         iterations.append(
             IterationTime(
-                engine=load + BUILD_SECONDS + BUILD_SECONDS_PER_GB * weights / GIGA if run.engine_is_built else 0.0,
+                engine=load + build if run.engine_is_built else 0.0,
                 generate=load + generate_seconds,
                 reference=load + pairs * forward_per_pair,
                 train=steps * step_seconds,
-                checkpoint=saves * checkpoint_bytes(shape, settings.optimizer) / run.storage.write_rate,
-                export=load + weights / run.storage.write_rate,
+                checkpoint=saved / run.storage.write_rate,
+                export=export,
                 evaluate=load + workload.held_out * forward_per_pair,
                 steps=steps,
             )
@@ -235,7 +248,8 @@ def engine_gpus(shape: ModelShape, gpu: Gpu, workload: Workload, run: RunSetting
     if run.engine_kind == "eager":
         return 1
     prompt_tokens, new_tokens = workload.prompt_tokens, workload.generated_tokens
-    return replica_tensor(shape, gpu, prompt_tokens=prompt_tokens, new_tokens=new_tokens, max_batch=run.max_batch)
+    limits = {"max_batch": run.max_batch, "element_bytes": run.engine_bytes}
+    return replica_tensor(shape, gpu, prompt_tokens=prompt_tokens, new_tokens=new_tokens, **limits)
 
 
 def _generate_seconds(shape: ModelShape, layout: ParallelLayout, gpu: Gpu, workload: Workload, run: RunSettings) -> float:
@@ -244,6 +258,7 @@ def _generate_seconds(shape: ModelShape, layout: ParallelLayout, gpu: Gpu, workl
     made = generation(
         shape,
         gpu,
+        element_bytes=run.engine_bytes,
         prompt_tokens=workload.prompt_tokens,
         new_tokens=workload.generated_tokens,
         kind=run.engine_kind,
@@ -256,10 +271,21 @@ def _generate_seconds(shape: ModelShape, layout: ParallelLayout, gpu: Gpu, workl
     return (workload.prompts + workload.held_out) * workload.generated_tokens / (engines * made.tokens_per_second)
 
 
-def checkpoint_bytes(shape: ModelShape, optimizer: OptimizerName) -> int:
-    """A training checkpoint: bf16 weights, fp32 main weights and moments."""
-    moments = 2 if optimizer == "adamw" else 1
-    return count_parameters(shape) * (2 + FLOAT32_BYTES * (1 + moments))
+def _probe_seconds(shape: ModelShape, workload: Workload, run: RunSettings) -> float:
+    """The products of a few pairs on the host: each answer by itself, after its prompt."""
+    tokens = NUM_PROBE_PAIRS * (2 * workload.prompt_tokens + workload.real_tokens + workload.generated_tokens)
+    return 2 * count_parameters(shape, active=True) * tokens / (run.export_threads * HOST_THREAD_FLOPS)
+
+
+def checkpoint_bytes(shape: ModelShape, settings: TrainSettings) -> int:
+    """A training checkpoint: of all that is trained the weights, the main weights where they are others, and the moments."""
+    return _num_trained(shape, settings) * settings.saved_bytes
+
+
+def _num_trained(shape: ModelShape, settings: TrainSettings) -> int:
+    """Elements of the whole model that have gradients: all, or the adapters'."""
+    (chunk,) = trained_parameters(shape, ParallelLayout(), settings, 0)
+    return sum(parameter.numel for parameter in chunk)
 
 
 def gpu_hours(iterations: Sequence[IterationTime], num_gpus: int) -> float:

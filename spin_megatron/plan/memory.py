@@ -9,14 +9,7 @@ from typing import Literal
 
 from spin_megatron.plan.adapters import ROW_PARALLEL, AdapterShape
 from spin_megatron.plan.hardware import GIB
-from spin_megatron.plan.parameters import (
-    RankParameter,
-    adapter_parameters,
-    build_buffer,
-    padded_vocab,
-    rank_parameters,
-    split_by_kind,
-)
+from spin_megatron.plan.parameters import RankParameter, adapter_parameters, build_buffer, padded_vocab, rank_parameters, split_by_kind
 from spin_megatron.plan.precision import PRECISIONS, PrecisionName
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 
@@ -95,6 +88,11 @@ class TrainSettings:
     def optimizer_bytes(self) -> int:
         """Bytes of optimizer state an element takes: an fp32 copy of a bf16 weight, and the moments."""
         return FLOAT32_BYTES * (_MOMENTS[self.optimizer] + (self.precision != "fp32"))
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes a trained element takes in a training checkpoint (mcore/optimizer_state.py)."""
+        return self.weight_bytes + self.optimizer_bytes
 
     @property
     def is_fp8(self) -> bool:

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from spin_megatron.launch.allocator import ADVICE as ALLOCATOR_ADVICE
 from spin_megatron.launch.allocator import find_tcmalloc
+from spin_megatron.plan.memory import OptimizerName, TrainSettings
 from spin_megatron.plan.precision import PRECISIONS
 
 State = Literal["ok", "absent", "warning", "problem"]
@@ -298,8 +299,14 @@ def examine_machine(folder: Path) -> Iterator[Finding]:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free_gib = shutil.disk_usage(existing).free / GIB
     low = free_gib < LOW_DISK_GIB
-    advice = "a checkpoint takes 8 to 14 bytes a parameter; each theta 2 or 4, and as much in its train stage" if low else ""
-    yield Finding(f"disk of {folder}", "warning" if low else "ok", f"{free_gib:.1f} GiB free", advice)
+    advice = f"a checkpoint takes {_checkpoint_sizes()} bytes a trained parameter; each theta 2 or 4, its train stage at most as much"
+    yield Finding(f"disk of {folder}", "warning" if low else "ok", f"{free_gib:.1f} GiB free", advice if low else "")
+
+
+def _checkpoint_sizes() -> str:
+    kinds = ((precision, optimizer) for precision in PRECISIONS for optimizer in get_args(OptimizerName))
+    sizes = [TrainSettings(1, 1, precision=precision, optimizer=optimizer).saved_bytes for precision, optimizer in kinds]
+    return f"{min(sizes)} to {max(sizes)}"
 
 
 def examine_programs() -> Iterator[Finding]:

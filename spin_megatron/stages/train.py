@@ -36,6 +36,7 @@ from spin_megatron.mcore.reference import PackedPairs, cached_scores, claim_cach
 from spin_megatron.mcore.runtime import Runtime, default_device, running
 from spin_megatron.mcore.training import Objective, StepOutcome, agreed_by_first_rank, train_step
 from spin_megatron.objective.guard import Guard, Limits
+from spin_megatron.plan.duration import NUM_PROBE_PAIRS
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.manifest import StageIncomplete, digest_values, read_manifest
 from spin_megatron.run.records import ReferenceScore, write_rows
@@ -45,7 +46,6 @@ from spin_megatron.stages.context import StageContext, StageOutput
 
 logger = logging.getLogger(__name__)
 
-NUM_PROBE_PAIRS = 4
 NUM_NAMED_PAIRS = 20
 
 

@@ -1,11 +1,14 @@
 """Step time from parts worked out by hand; the constants themselves are held to published runs in test_plan_published.py."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from spin_megatron.plan.adapters import AdapterShape
 from spin_megatron.plan.duration import (
     PACK_FILL,
+    Batch,
     RunSettings,
     Storage,
     Workload,
@@ -178,15 +181,45 @@ def test_a_run_adds_up_its_stages() -> None:
     assert first.train == pytest.approx(44 * step)
     # Weights 16.06 GB: read at 1 GB/s and a minute to start; the build takes a minute and 2 s a GB more.
     assert first.engine == pytest.approx(60 + 16.06 + 60 + 32.1, rel=1e-3)
-    assert first.export == pytest.approx(60 + 16.06 + 32.1, rel=1e-3)
-    assert first.checkpoint == pytest.approx(4 * 14 * 8.030261248e9 / 0.5e9)
+    # Export reads the trained weights, writes theta, reads that back and scores 4 pairs of two answers on one thread at 100 GFLOP/s.
+    assert first.export == pytest.approx(60 + 16.06 + 32.1 + 16.06 + 2 * 8.03 * 4 * (2 * 100 + 301 + 301) / 100, rel=1e-3)
+    assert first.checkpoint == pytest.approx((4 * 14 + 2) * 8.030261248e9 / 0.5e9)
     assert second.reference > first.reference
     assert gpu_hours([first, second], 8) == pytest.approx((first.total + second.total) * 8 / 3600)
 
 
-def test_a_checkpoint_of_70b_with_adamw_is_a_terabyte() -> None:
-    assert checkpoint_bytes(LLAMA3_70B, "adamw") == 14 * 70_553_706_496
-    assert checkpoint_bytes(LLAMA3_70B, "rmsprop") == 10 * 70_553_706_496
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "bytes_each"),
+    [("bf16", "adamw", 14), ("fp8-blockwise", "rmsprop", 10), ("fp32", "adamw", 12), ("fp32", "rmsprop", 8)],
+)
+def test_a_checkpoint_holds_weights_moments_and_of_bf16_the_main_weights(precision: Any, optimizer: Any, bytes_each: int) -> None:
+    settings = replace(SETTINGS, precision=precision, optimizer=optimizer)
+    assert checkpoint_bytes(LLAMA3_70B, settings) == bytes_each * 70_553_706_496
+
+
+def test_files_of_fp32_are_twice_as_large_and_adapters_leave_small_checkpoints() -> None:
+    layout, batch = ParallelLayout(data=8), Batch(5.0, 1, 40.0)
+    run = RunSettings("compiled", engine_is_built=True, max_batch=256, save_every_steps=25, storage=Storage(1e9, 0.5e9))
+    bf16, fp32, lora = (
+        run_time(LLAMA3_8B, layout, replace(SETTINGS, **changes), H100, workload=WORKLOAD, batch=batch, run=run)[0]
+        for changes in ({}, {"precision": "fp32"}, {"adapters": AdapterShape(16, ("qkv", "proj"))})
+    )
+    # theta is written once and read twice, by the loader of theta_t and by the probe.
+    assert fp32.export - bf16.export == pytest.approx(16.06 * (1 + 1 + 2), rel=1e-3)
+    assert fp32.generate - bf16.generate == pytest.approx(16.06, rel=1e-3)
+    # Rank 16 beside QKV (4096 -> 6144) and the projection (4096 -> 4096) of 32 layers; 50 updates save twice, and the end once more.
+    adapters = 32 * 16 * (4096 + 6144 + 4096 + 4096)
+    assert lora.checkpoint == pytest.approx((2 * 14 + 2) * adapters / 0.5e9)
+    assert lora.export == bf16.export, "the merged model is whole"
+
+
+def test_an_engine_in_fp32_has_twice_the_weights_and_half_the_rate() -> None:
+    layout, batch = ParallelLayout(data=8), Batch(5.0, 1, 40.0)
+    run = RunSettings("compiled", engine_is_built=True, max_batch=256, save_every_steps=25)
+    wide = replace(run, engine_bytes=4)
+    short, long = (run_time(LLAMA3_8B, layout, SETTINGS, H100, workload=WORKLOAD, batch=batch, run=each)[0] for each in (run, wide))
+    assert long.engine - short.engine == pytest.approx(2 * 16.06, rel=1e-3)
+    assert long.generate > short.generate
 
 
 def test_context_ranks_wait_for_all_keys_and_for_their_gradients_in_fp32() -> None:
