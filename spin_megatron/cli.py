@@ -43,7 +43,7 @@ _OUT_OF_MEMORY = (
 _OTHER_VERBS = {
     "score": ("spin_megatron.stages.score", "log-probabilities of given pairs under a Hugging Face model"),
     "convert": ("spin_megatron.convert.command", "checkpoints: Hugging Face to Megatron Core, back, and inspect"),
-    "plan": ("spin_megatron.plan.command", "which layouts fit on N GPUs, how fast, and what the run costs"),
+    "plan": ("spin_megatron.launch.plan", "which layouts fit on N GPUs, how fast, and what the run costs"),
     "doctor": ("spin_megatron.report.doctor", "what is installed here and which kernels that turns on"),
 }
 

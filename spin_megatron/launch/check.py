@@ -13,9 +13,9 @@ from spin_megatron.data.sources import FILE_TYPES, is_commit, open_rows
 from spin_megatron.generation.engine import EXTERNAL, Environment, provider
 from spin_megatron.launch.local import DONE
 from spin_megatron.launch.resources import check_resources
-from spin_megatron.plan.command import check_config_fits, check_model, shape_on_this_machine
 from spin_megatron.plan.hardware import find_gpu
 from spin_megatron.plan.precision import PRECISIONS, check_capability
+from spin_megatron.plan.run_plan import check_config_fits, check_model, shape_on_this_machine
 from spin_megatron.plan.shape import ModelShape
 from spin_megatron.run.layout import RunLayout
 from spin_megatron.run.manifest import read_manifest
@@ -93,8 +93,11 @@ def check_config(config: RunConfig) -> None:
         check_config_fits(config, config.slurm.gpu)
 
 
-def check_num_rows(config: RunConfig) -> None:
+def check_num_rows(config: RunConfig) -> int | None:
     """Check that a data source on this machine has rows for both sides of the split; how many of them can be used is found by prepare.
+
+    Returns:
+        The number of rows; None where they cannot be counted here.
 
     Raises:
         ValueError: it has too few, or cannot be read.
@@ -103,7 +106,7 @@ def check_num_rows(config: RunConfig) -> None:
     path = Path(data.source)
     # What a folder's files are the `datasets` library knows; a host that only submits may have it in the ranks' container alone.
     if not path.exists() or (path.is_dir() and find_spec("datasets") is None):
-        return
+        return None
     found = open_rows(data.source, split=data.split, subset=data.subset, revision=data.revision).num_rows
     wanted = data.num_held_out + (data.num_examples or 1)
     if found < wanted:
@@ -112,6 +115,7 @@ def check_num_rows(config: RunConfig) -> None:
             f"data.source={data.source} has too few rows, {found} of {wanted} for data.num_held_out={data.num_held_out} and {training}; "
             "lower these numbers (a tenth of the rows is a good held-out set), or give more data."
         )
+    return found
 
 
 def check_started(config: RunConfig, layout: RunLayout) -> None:

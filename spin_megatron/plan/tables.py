@@ -4,12 +4,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spin_megatron.plan.command import Plan
 from spin_megatron.plan.duration import IterationTime, gpu_hours
 from spin_megatron.plan.hardware import GIGA
 from spin_megatron.plan.layouts import Candidate, Refusal, best_with_offload, by_recompute, describe, usable_bytes
 from spin_megatron.plan.memory import RankMemory, chunks_in_flight
 from spin_megatron.plan.parameters import count_parameters
+from spin_megatron.plan.run_plan import Plan
 from spin_megatron.plan.shape import ParallelLayout
 from spin_megatron.run.telemetry import counted
 
@@ -24,10 +24,10 @@ _MEMORY_COLUMNS = (*_STATE_COLUMNS, "activations", "passing", "buffers", "contex
 _STAGE_COLUMNS = ("engine", "generate", "reference", "train", "checkpoints", "export", "evaluate", "total")
 
 
-def print_plan(plan: Plan, *, top: int, show_refused: bool) -> None:
+def print_plan(plan: Plan, *, examples_from: str, top: int, show_refused: bool) -> None:
     """Print layouts, the best one's memory and time, the run's stages, and the refused layouts."""
     console = Console(width=_WIDTH + (_HOST_WIDTH if plan.question.settings.offload_fraction else 0), highlight=False)
-    console.print(_headline(plan))
+    console.print(_headline(plan, examples_from))
     candidates = plan.search.candidates
     if candidates:
         console.print(_layouts_table(plan, top))
@@ -47,16 +47,16 @@ def print_plan(plan: Plan, *, top: int, show_refused: bool) -> None:
     _print_refusals(console, plan.search.refusals, everything=show_refused or not candidates)
 
 
-def _headline(plan: Plan) -> str:
+def _headline(plan: Plan, examples_from: str) -> str:
     question, workload = plan.question, plan.question.workload
     shape = question.shape
     tensor = plan.engine_gpus
     return (
         f"{shape.family}, {count_parameters(shape) / GIGA:.2f} G parameters, {question.settings.precision}, "
         f"{question.settings.optimizer}; {plan.num_gpus} x {question.gpu.name}\n"
-        f"{workload.prompts} prompts; mean tokens: prompt {workload.prompt_tokens:g}, answer {workload.real_tokens:g}, generated "
-        f"{workload.generated_tokens:g}; packs of {question.settings.pack_tokens}; {question.global_batch_pairs} pairs an update; "
-        f"generation with {counted(max(plan.num_gpus // tensor, 1), 'engine')} of {counted(tensor, 'GPU')}"
+        f"{workload.prompts} prompts ({examples_from}); mean tokens: prompt {workload.prompt_tokens:g}, answer {workload.real_tokens:g}, "
+        f"generated {workload.generated_tokens:g}; packs of {question.settings.pack_tokens}; {question.global_batch_pairs} pairs an update"
+        f"; generation with {counted(max(plan.num_gpus // tensor, 1), 'engine')} of {counted(tensor, 'GPU')}"
     )
 
 

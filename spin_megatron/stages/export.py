@@ -18,8 +18,8 @@ from spin_megatron.convert.adapters import write_peft
 from spin_megatron.convert.hf_io import CARRIED_FILES, HfFolder, check_tensors, model_card, model_files
 from spin_megatron.convert.safetensors_writer import INDEX_NAME
 from spin_megatron.convert.torch_dist import torch_dist_to_hf
-from spin_megatron.plan.command import check_config_fits, check_model
 from spin_megatron.plan.precision import PrecisionName
+from spin_megatron.plan.run_plan import check_config_fits, check_model
 from spin_megatron.plan.shape import ModelShape, model_folder
 from spin_megatron.run.manifest import installed_versions, is_disk_full, write_text
 from spin_megatron.run.records import ReferenceScore, SpinPair, read_rows

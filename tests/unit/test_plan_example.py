@@ -8,8 +8,8 @@ import pytest
 
 from spin_megatron.config_file import load_config
 from spin_megatron.launch.check import check_config
-from spin_megatron.plan.command import check_config_fits, model_shape
 from spin_megatron.plan.parameters import count_parameters
+from spin_megatron.plan.run_plan import check_config_fits, model_shape
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "llama3_70b"
 MODEL = EXAMPLE / "model_config.json"

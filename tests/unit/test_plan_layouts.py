@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spin_megatron.config_file import load_config
-from spin_megatron.plan.command import check_config_fits
+from spin_megatron.launch.plan import examples_of
 from spin_megatron.plan.duration import Workload
 from spin_megatron.plan.hardware import find_gpu
 from spin_megatron.plan.layouts import (
@@ -27,6 +27,7 @@ from spin_megatron.plan.layouts import (
     usable_bytes,
 )
 from spin_megatron.plan.memory import TrainSettings, all_ranks
+from spin_megatron.plan.run_plan import check_config_fits
 from spin_megatron.plan.shape import ModelShape, ParallelLayout
 
 LLAMA3_8B = ModelShape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 1e-5, 5e5)
@@ -245,6 +246,7 @@ def test_the_command_prints_tables_and_json_without_torch(tmp_path: Path) -> Non
     assert "generate.engine=builtin runs on one GPU" in tables
     assert "generate.batch_size=16 is all that the engine computes at a time" in tables
     plan = json.loads(_plan([*options, "--json"]))
+    assert plan["examples_from"] == "data.num_examples"
     assert plan["best"].startswith("tensor=8 pipeline=4 data=1")
     assert [memory["pipeline_rank"] for memory in plan["ranks"]] == [0, 1, 2, 3]
     assert plan["ranks"][0]["state"]["num_parameters"] == 2270756864
@@ -257,6 +259,21 @@ def test_the_command_prints_tables_and_json_without_torch(tmp_path: Path) -> Non
     assert seconds == sorted(seconds)
     assert f"By recompute: none {memory[0] / 1e9:.1f} GB" in tables
     assert all(refusal["reason"] for refusal in plan["refused"])
+
+
+def test_prompts_are_the_rows_of_a_source_that_is_here_and_else_a_number_that_is_said(tmp_path: Path) -> None:
+    config, shape = _write_config(tmp_path)
+    assert examples_of(load_config(config), 7) == (7, "--examples")
+    assert examples_of(load_config(config), None) == (50_000, "data.num_examples")
+    elsewhere = examples_of(load_config(config, ["data.num_examples=null"]), None)
+    assert elsewhere == (50_000, "assumed: data.source cannot be counted here, give --examples")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "x", "response": "y"}\n' * 1300, encoding="utf-8")
+    here = ["data.num_examples=null", "data.num_held_out=300", f"data.source={tmp_path / 'train.jsonl'}", "data.revision=null"]
+    words = [word for override in here for word in ("--set", override)]
+    tables = _plan([str(config), "--gpus", "32", "--model-config", str(shape), *words])
+    assert "1000 prompts (rows of data.source that are not held out);" in tables
+    with pytest.raises(ValueError, match="has too few rows, 1300 of 1301"):
+        examples_of(load_config(config, [*here, "data.num_held_out=1300"]), None)
 
 
 def test_the_command_says_which_lengths_it_refuses(tmp_path: Path) -> None:
@@ -277,7 +294,7 @@ def _plan(options: list[str]) -> str:
     """`plan` in a fresh interpreter that has no torch."""
     script = (
         "import sys, argparse; sys.modules['torch'] = None\n"
-        "from spin_megatron.plan.command import add_parser\n"
+        "from spin_megatron.launch.plan import add_parser\n"
         "parser = argparse.ArgumentParser(); add_parser(parser.add_subparsers())\n"
         "arguments = parser.parse_args(['plan', *sys.argv[1:]]); sys.exit(arguments.handler(arguments))\n"
     )

@@ -10,7 +10,7 @@ import pytest
 
 from spin_megatron.config import RunConfig
 from spin_megatron.config_file import load_config
-from spin_megatron.plan.command import check_config_fits
+from spin_megatron.plan.run_plan import check_config_fits
 
 FOLDER = Path(__file__).parents[2] / "examples" / "zephyr_7b"
 RECIPES = ("paper.toml", "uclaml_scripts.toml")

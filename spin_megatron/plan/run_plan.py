@@ -1,26 +1,19 @@
-"""`spin-megatron plan CONFIG --gpus N --gpu NAME`: which layouts of N GPUs fit, how fast each is, and what the whole run costs.
+"""The plan of a config: what it asks of the planner, the answer for a number of GPUs, and whether its own layout fits.
 
-Also what `check` and `submit` call: `check_config_fits` refuses a config whose layout cannot fit.
+`spin-megatron plan` (launch/plan.py) prints it; `check`, `submit` and export refuse by `check_config_fits` a layout that cannot fit.
 """
 
-import argparse
 import json
-import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from spin_megatron.config import RunConfig
-from spin_megatron.config_file import load_config
-from spin_megatron.plan.duration import IterationTime, RunSettings, Storage, Workload, engine_gpus, engine_tensor, gpu_hours, run_time
-from spin_megatron.plan.hardware import GIGA, GPUS, Gpu, find_gpu
-from spin_megatron.plan.layouts import Candidate, Question, Refusal, Search, by_recompute, check_fits, describe, search, try_layout
+from spin_megatron.plan.duration import IterationTime, RunSettings, Storage, Workload, engine_gpus, engine_tensor, run_time
+from spin_megatron.plan.hardware import Gpu, find_gpu
+from spin_megatron.plan.layouts import Candidate, Question, Refusal, Search, check_fits, search, try_layout
 from spin_megatron.plan.memory import RankMemory, Recompute, TrainSettings, all_ranks
-from spin_megatron.plan.precision import PRECISIONS, PrecisionName, check_capability, check_precision
+from spin_megatron.plan.precision import PrecisionName, check_capability, check_precision
 from spin_megatron.plan.shape import ModelShape
-from spin_megatron.run.option_types import count, positive
-
-logger = logging.getLogger(__name__)
 
 # First turns of UltraChat, the data of the paper: mean tokens of prompts and answers, and its number of prompts.
 DEFAULT_PROMPT_TOKENS = 123
@@ -61,49 +54,6 @@ class Plan:
     engine_gpus: int
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the verb's options to the command line."""
-    parser: argparse.ArgumentParser = subparsers.add_parser("plan", help="which layouts fit on N GPUs, how fast, and what the run costs")
-    parser.add_argument("config", type=Path, help="a config file")
-    parser.add_argument("--gpus", type=count, required=True, metavar="N", help="GPUs of training")
-    parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (default: %(default)s)")
-    parser.add_argument("--model-config", type=Path, metavar="JSON", help="a config.json, when model.path is not on this machine")
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: train.precision")
-    parser.add_argument("--recompute", choices=("none", "selective", "full"), help="only this mode; default: the fastest that fits")
-    parser.add_argument("--examples", type=count, metavar="N", help="default: data.num_examples, or 50000")
-    parser.add_argument(
-        "--prompt-tokens", type=positive, metavar="MEAN", help=f"default: {DEFAULT_PROMPT_TOKENS}, or the cap if that is less"
-    )
-    parser.add_argument(
-        "--answer-tokens", type=positive, metavar="MEAN", help=f"default: {DEFAULT_ANSWER_TOKENS}, or the cap if that is less"
-    )
-    parser.add_argument("--generated-tokens", type=positive, metavar="MEAN", help="default: as --answer-tokens")
-    parser.add_argument("--read-gb", type=positive, default=5.0, metavar="GB/s", help="what the storage reads in all (%(default)g)")
-    parser.add_argument("--write-gb", type=positive, default=2.0, metavar="GB/s", help="what it writes (%(default)g)")
-    parser.add_argument("--top", type=count, default=10, metavar="K", help="layouts shown (%(default)d)")
-    parser.add_argument("--refused", action="store_true", help="show every refused layout with its reason")
-    parser.add_argument("--json", action="store_true", help="for programs: everything, as JSON")
-    parser.add_argument("--set", dest="overrides", metavar="SECTION.KEY=VALUE", action="append", default=[], help="override one setting")
-    parser.set_defaults(handler=command)
-    return parser
-
-
-def command(arguments: argparse.Namespace) -> int:
-    """Plan and print; 0, or 2 when no layout fits."""
-    config = load_config(arguments.config, arguments.overrides)
-    shape = model_shape(config, arguments.model_config)
-    question = make_question(config, shape, find_gpu(arguments.gpu), lengths_of(config, arguments), precision=arguments.precision)
-    storage = Storage(arguments.read_gb * GIGA, arguments.write_gb * GIGA)
-    plan = make_plan(config, question, arguments.gpus, storage=storage, recompute=arguments.recompute)
-    if arguments.json:
-        print(json.dumps(as_json(plan), indent=2))  # noqa: T201 (the answer of the command)
-    else:
-        from spin_megatron.plan.tables import print_plan
-
-        print_plan(plan, top=arguments.top, show_refused=arguments.refused)
-    return 0 if plan.search.candidates else 2
-
-
 def model_shape(config: RunConfig, model_config: Path | None = None) -> ModelShape:
     """The base model's shape: from `model_config`, the config's folder, or the hub's cache on this machine.
 
@@ -140,22 +90,6 @@ def _hub_cache() -> Path:
     except ImportError:
         return Path.home() / ".cache/huggingface/hub"
     return Path(HF_HUB_CACHE)
-
-
-def lengths_of(config: RunConfig, arguments: argparse.Namespace) -> Lengths:
-    """Lengths from the command line, else the defaults, never beyond the config's caps."""
-    prompt = arguments.prompt_tokens or min(DEFAULT_PROMPT_TOKENS, config.data.max_prompt_tokens)
-    answer = arguments.answer_tokens or min(DEFAULT_ANSWER_TOKENS, config.data.max_response_tokens)
-    examples = arguments.examples or config.data.num_examples or DEFAULT_EXAMPLES
-    lengths = Lengths(examples, prompt, answer, arguments.generated_tokens or answer)
-    for name, mean, cap, field in (
-        ("--prompt-tokens", lengths.prompt_tokens, config.data.max_prompt_tokens, "data.max_prompt_tokens"),
-        ("--answer-tokens", lengths.real_tokens, config.data.max_response_tokens, "data.max_response_tokens"),
-        ("--generated-tokens", lengths.generated_tokens, config.data.max_response_tokens, "data.max_response_tokens"),
-    ):
-        if mean > cap:
-            raise ValueError(f"{name} {mean:g} must be at most {field}={cap}; it is a mean, the cap holds for every one.")
-    return lengths
 
 
 def make_question(config: RunConfig, shape: ModelShape, gpu: Gpu, lengths: Lengths, *, precision: PrecisionName | None = None) -> Question:
@@ -272,52 +206,3 @@ def check_config_fits(config: RunConfig, gpu_name: str, *, model_config: Path | 
     )
     question = make_question(config, shape, find_gpu(gpu_name), lengths)
     return check_fits(question, config.parallel.layout(), config.train.recompute)
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values; sizes in bytes, times in seconds."""
-    question = plan.question
-    return {
-        "gpus": plan.num_gpus,
-        "gpu": asdict(question.gpu),
-        "model": asdict(question.shape),
-        "workload": asdict(question.workload),
-        "layouts": [candidate_json(candidate, plan.num_gpus, question.gpu) for candidate in plan.search.candidates],
-        "refused": [asdict(refusal) for refusal in plan.search.refusals],
-        "own": _own_json(plan),
-        "best": describe(plan.search.candidates[0]) if plan.search.candidates else None,
-        "best_by_recompute": [
-            candidate_json(mode, plan.num_gpus, question.gpu)
-            for best in plan.search.candidates[:1]
-            for mode in by_recompute(question, best)
-        ],
-        "ranks": [_memory_json(memory) for memory in plan.ranks],
-        "iterations": [asdict(iteration) | {"total": iteration.total} for iteration in plan.iterations],
-        "gpu_hours": gpu_hours(plan.iterations, plan.num_gpus),
-        "warnings": plan.warnings,
-    }
-
-
-def candidate_json(candidate: Candidate, num_gpus: int, gpu: Gpu) -> dict[str, Any]:
-    """One layout with its rates, as plain values."""
-    step = candidate.step
-    return {
-        "layout": asdict(candidate.layout),
-        "recompute": candidate.settings.recompute,
-        "batch": asdict(candidate.batch),
-        "memory": _memory_json(candidate.memory),
-        "step": asdict(step) | {"total": step.total, "bubble_share": step.bubble_share},
-        "tokens_per_second_per_gpu": step.tokens_per_second(num_gpus),
-        "model_flops_utilisation": step.utilisation(num_gpus, gpu),
-        "pairs_per_second": candidate.pairs_per_second,
-    }
-
-
-def _own_json(plan: Plan) -> dict[str, Any] | None:
-    if isinstance(plan.own, Refusal):
-        return asdict(plan.own)
-    return None if plan.own is None else candidate_json(plan.own, plan.num_gpus, plan.question.gpu)
-
-
-def _memory_json(memory: RankMemory) -> dict[str, Any]:
-    return asdict(memory) | {"total": memory.total}
