@@ -32,8 +32,8 @@ MAX_ENGINE_BATCH = 2048
 # TensorRT-LLM build logs: Llama-3 8B bf16 (16 GB) 55 to 129 s, Command-R 35B fp16 (70 GB) 107 s on one GPU; 70B in parts 5 to 15 min.
 BUILD_SECONDS = 60.0
 BUILD_SECONDS_PER_GB = 2.0
-# Export scores so many held-out pairs with what it wrote, by transformers on the host. A core with AMX or AVX-512 made 690 GFLOP/s in bf16,
-# 156 in fp32 (two layers of Llama-3-8B's width, 437 tokens); cores without bf16 make less, and more threads less each.
+# Export scores so many held-out pairs with what it wrote, by transformers on the host. Assumed: a core with AVX-512 does half as much more
+# in fp32, one without bf16 instructions less in bf16, and more threads less each.
 NUM_PROBE_PAIRS = 4
 HOST_THREAD_FLOPS = 100e9
 # Starting processes, importing, opening communicators: once a stage.
